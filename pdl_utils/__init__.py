@@ -1,0 +1,1 @@
+"""Shared code of the Practical Deep Learning notebooks: one module, one idea."""

@@ -1,0 +1,76 @@
+"""One visible profile: how large an experiment is, where it runs, and from which seed."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`fast` (a laptop's CPU, minutes) or `full` (a GPU, or patience), and why it was chosen.
+
+    The code of an experiment is the same in both; only sizes and the floors of its claims differ:
+
+    >>> epochs = profile.choose(fast=3, full=60)
+    """
+
+    name: str
+    reason: str
+
+    def choose(self, *, fast: T, full: T) -> T:
+        """The value that belongs to this profile."""
+        return full if self.name == "full" else fast
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def get_profile() -> Profile:
+    """The profile from `PDL_PROFILE`; unset, `full` where a GPU is found and `fast` otherwise.
+
+    Raises:
+        ValueError: `PDL_PROFILE` is neither `fast` nor `full`.
+    """
+    name = os.environ.get("PDL_PROFILE", "").strip().lower()
+    if name in ("fast", "full"):
+        return Profile(name, f"PDL_PROFILE={name}")
+    if name:
+        raise ValueError(f"PDL_PROFILE={name!r}: set it to 'fast' or 'full', or unset it")
+    if torch.cuda.is_available():
+        return Profile("full", "a GPU was found; PDL_PROFILE=fast makes it short")
+    return Profile("fast", "no GPU was found; PDL_PROFILE=full runs the whole experiment")
+
+
+def pick_device() -> torch.device:
+    """The device experiments run on: `PDL_DEVICE` if set, else CUDA where found, else the CPU.
+
+    Raises:
+        ValueError: `PDL_DEVICE` is not the name of a torch device.
+    """
+    name = os.environ.get("PDL_DEVICE", "").strip()
+    if name:
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"PDL_DEVICE={name!r} is not a torch device; try 'cpu' or 'cuda'") from error
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (libraries we call draw from the global state)
+    torch.manual_seed(seed)
+
+
+def flag(name: str) -> bool:
+    """Is the environment variable `name` switched on? Unset, empty, 0, false, no and off are not."""
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")

@@ -1,0 +1,171 @@
+"""One training loop for every experiment, resumable after a kill."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss became NaN or infinite; the model is left as it was before that step."""
+
+
+@dataclass
+class History:
+    """What `fit` saw, one row an epoch: `epoch`, `loss` (mean over batches), `seconds`, and
+    everything that the `evaluate` callback returned."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows if name in row]
+
+    def best(self, name: str) -> dict[str, float]:
+        """The row in which `name` is largest; the first of equals."""
+        return max((row for row in self.rows if name in row), key=lambda row: row[name])
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups that decay weight matrices and kernels, but no bias and no norm."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rate up linearly for `warmup` steps, then down a half-cosine to 0 at `steps`."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def save_atomically(write: Callable[[Path], None], path: Path) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step, so that no
+    reader and no later run ever meets half a file; a failed write leaves nothing behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def fit(
+    model: nn.Module,
+    batches: Callable[[int], Iterable[Any]],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    keep_best: str | None = None,
+    clip_norm: float | None = None,
+    autocast: bool = False,
+    checkpoint: Path | None = None,
+    examples: int | None = None,
+    unit: str = "img",
+    label: str = "train",
+    progress: bool | None = None,
+) -> History:
+    """Train `model` in place, in train mode, and leave it in eval mode.
+
+    Args:
+        model: whatever `loss_fn` understands.
+        batches: gives the batches of an epoch (0-based), in an order that depends on the epoch alone;
+            that, and the random state in the checkpoint, makes a resumed run equal an unbroken one.
+        loss_fn: `loss_fn(model, batch)` is a scalar tensor to minimise.
+        optimizer, scheduler: the scheduler steps once a batch.
+        evaluate: called in eval mode and without gradients after every epoch; its numbers join the history.
+        keep_best: the name of a number from `evaluate`; the weights of the epoch in which it was
+            largest are restored at the end (early stopping without stopping).
+        clip_norm: largest Euclidean norm of the joint gradient.
+        autocast: compute in bfloat16 where that is safe (`torch.autocast`).
+        checkpoint: file to save to after every epoch and, if it exists, to go on from.
+        examples: how many examples an epoch holds, to report them a second; batches otherwise.
+        unit, label, progress: what the progress line says; None shows it unless `PDL_PROGRESS=0`.
+
+    Raises:
+        NonFiniteLoss: at the first batch whose loss is NaN or infinite, before its step is taken.
+
+    Returns:
+        One row an epoch.
+    """
+    device = next(model.parameters()).device
+    history, best, first = History(), None, 0
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"].cpu())
+        history, best, first = History(state["history"]), state["best"], len(state["history"])
+    if progress is None:
+        progress = os.environ.get("PDL_PROGRESS", "1") != "0"
+    bar = tqdm(
+        total=(examples or 1) * epochs, initial=(examples or 1) * first, desc=label,
+        unit=unit if examples else "epoch", disable=not progress, mininterval=1, dynamic_ncols=True,
+    )  # fmt: skip
+    for epoch in range(first, epochs):
+        started, total, count = time.perf_counter(), 0.0, 0
+        model.train()
+        todo = batches(epoch)
+        for batch in todo:
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                loss = loss_fn(model, batch)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise NonFiniteLoss(
+                    f"{label}: loss is {value} in epoch {epoch + 1}, batch {count + 1}; "
+                    "lower the learning rate, clip gradients (clip_norm=1) or check the input for NaN"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            total, count = total + value, count + 1
+            bar.update((examples or 1) / len(todo))
+        model.eval()
+        row = {"epoch": epoch + 1, "loss": total / max(1, count), "seconds": time.perf_counter() - started}
+        if evaluate is not None:
+            with torch.no_grad():
+                row.update(evaluate(model))
+        history.rows.append(row)
+        bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k not in ("epoch", "seconds")})
+        if keep_best is not None and (best is None or row[keep_best] > best["value"]):
+            weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            best = {"value": row[keep_best], "weights": weights}
+        if checkpoint is not None:
+            state = {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict() if scheduler else None,
+                "rng": torch.get_rng_state(), "history": history.rows, "best": best,
+            }  # fmt: skip
+            save_atomically(lambda path, state=state: torch.save(state, path), checkpoint)
+    bar.close()
+    if best is not None:
+        model.load_state_dict(best["weights"])
+    model.eval()
+    return history
