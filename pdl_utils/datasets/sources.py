@@ -1,0 +1,251 @@
+"""Real data first, never silently something else.
+
+`obtain` is the one place that decides where a data set comes from: verified files under the data root,
+else the official source through the official loader, else an offline stand-in. It prints what it used.
+The environment has the last word:
+
+    PDL_DATA=folder       the data root (default: `data/` of the checkout)
+    PDL_OFFLINE=1         leave the network alone
+    PDL_REQUIRE_REAL=1    a stand-in is an error
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import tarfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+from torchvision.datasets.utils import check_md5
+
+from pdl_utils.provenance import Provenance
+from pdl_utils.settings import flag
+
+ATTEMPTS = 3
+PAUSE = 1.0  # seconds between two attempts at a download
+STALL = 20.0  # seconds without a byte after which a download has failed
+
+
+class Sourced(Protocol):
+    """A data set that knows where it came from."""
+
+    provenance: Provenance
+
+
+T = TypeVar("T", bound=Sourced)
+
+
+class NoRealData(RuntimeError):
+    """The real data cannot be had, and a stand-in does not exist or is not allowed."""
+
+
+class DamagedFile(Exception):
+    """A file of a data set is missing, truncated or not what it should be."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path} {problem}")
+        self.path = path
+
+
+def data_root() -> Path:
+    """`PDL_DATA` if set; else `data/` of the checkout that this package is installed from, whatever the
+    current folder is; else (a package copied into site-packages) a folder in the user's cache."""
+    if named := os.environ.get("PDL_DATA", "").strip():
+        return Path(named).expanduser().absolute()
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout / "data" if (checkout / "pyproject.toml").exists() else Path.home() / ".cache" / "pdl-utils"
+
+
+def obtain(
+    name: str,
+    folder: str,
+    *,
+    read: Callable[[Path], T],
+    download: Callable[[Path], object],
+    url: str,
+    stand_in: Callable[[], T] | None = None,
+    root: Path | None = None,
+) -> T:
+    """Get a data set from the first source that has it, and print which that was.
+
+    Args:
+        name: what people call it, "CIFAR-10".
+        folder: where its files live, directly below the data root; also what `download` creates.
+        read: `read(root / folder)` checks the files and loads them. It raises `DamagedFile` for one that
+            is missing or wrong; that file is named and removed, and the data set fetched again.
+        download: `download(root)` runs the official loader, which creates `root / folder`. It works in
+            a folder of its own; only what `read` then accepts is moved to the data root, in one step.
+        url: what the loader fetches, or part of it: its host is asked whether there is a network.
+        stand_in: makes the offline stand-in; None if there is none.
+        root: the data root, if not `data_root()`.
+
+    Raises:
+        NoRealData: neither files nor network, and no stand-in or `PDL_REQUIRE_REAL=1`. Says what to do.
+    """
+    place = (root or data_root()) / folder
+    reason = ""
+    try:
+        data = _read_or_fetch(name, place, read, download, url)
+    except _Unavailable as error:
+        if stand_in is None or flag("PDL_REQUIRE_REAL"):
+            unset = " or unset PDL_REQUIRE_REAL to accept the stand-in," if stand_in else ""
+            raise NoRealData(
+                f"{name}: no real data, because {error}. Connect to the network, with PDL_OFFLINE unset, "
+                f"or put the official files into {place},{unset} and run this again."
+            ) from error
+        data, reason = stand_in(), f" (because {error})"
+    print(f"{data.provenance}{reason}")
+    return data
+
+
+class _Unavailable(Exception):
+    """Why the real data cannot be had, to follow 'because'."""
+
+
+def _read_or_fetch(
+    name: str, place: Path, read: Callable[[Path], T], download: Callable[[Path], object], url: str
+) -> T:
+    if place.exists():
+        try:
+            return read(place)
+        except DamagedFile as damage:
+            print(f"{name}: {damage}{_remove(damage.path)}")
+    if problem := network_problem(url):
+        raise _Unavailable(problem)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.parent / f".{place.name}.lock"):
+            if place.exists():  # another process may have been faster
+                with contextlib.suppress(DamagedFile):
+                    return read(place)
+            return _fetch(name, place, read, download, url)
+    except OSError as error:
+        raise _Unavailable(f"{place.parent} cannot be written to ({error})") from error
+
+
+def _fetch(name: str, place: Path, read: Callable[[Path], T], download: Callable[[Path], object], url: str) -> T:
+    """Download into a folder beside `place` and check it there, so that `place` is whole or absent."""
+    staging = place.with_name(f".{place.name}.partial")
+    for attempt in range(1, ATTEMPTS + 1):
+        shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+        staging.mkdir()
+        try:
+            with careful_downloads():
+                download(staging)
+            data = read(staging / place.name)
+            shutil.rmtree(place, ignore_errors=True)
+            (staging / place.name).replace(place)
+            return data
+        except Exception as error:  # loaders raise all kinds of things for half a file
+            print(f"{name}: attempt {attempt} of {ATTEMPTS} to download {url} failed and was removed: {error}")
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        if attempt < ATTEMPTS:
+            time.sleep(PAUSE)
+    raise _Unavailable(f"the download of {url} failed {ATTEMPTS} times")
+
+
+def _remove(path: Path) -> str:
+    """Remove a damaged file; the words that say what became of it."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return ""
+    except OSError:
+        return ", but cannot be removed"
+    return " and was removed"
+
+
+def verify_md5(folder: Path, expected: Mapping[str, str]) -> None:
+    """Check that `folder` has every file that `expected` names, with that MD5.
+
+    Raises:
+        DamagedFile: at the first that is missing or differs.
+    """
+    for name, md5 in expected.items():
+        if not (folder / name).is_file():
+            raise DamagedFile(folder / name, "is missing")
+        if not check_md5(folder / name, md5):
+            raise DamagedFile(folder / name, "is truncated or corrupt (its MD5 differs)")
+
+
+@contextlib.contextmanager
+def careful_downloads() -> Iterator[None]:
+    """Inside, a download that stalls raises instead of hanging, and tar files cannot write outside their
+    folder: torchvision's and PyG's loaders offer no parameter for the one, old ones none for the other."""
+    timeout, extraction = socket.getdefaulttimeout(), getattr(tarfile.TarFile, "extraction_filter", None)
+    socket.setdefaulttimeout(STALL)
+    if hasattr(tarfile, "data_filter"):
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(timeout)
+        tarfile.TarFile.extraction_filter = staticmethod(extraction) if extraction else None
+
+
+class Network:
+    """What this process knows of the network. Each host is tried once, and only so many seconds are spent
+    on silent hosts in all: on a train, six data sets must not wait six times."""
+
+    patience = 4.0  # seconds for all silent hosts together; one gets half of it
+
+    def __init__(self) -> None:
+        self._patience_left = self.patience
+        self._answers: dict[tuple[str, int], bool] = {}
+
+    def answers(self, host: str, port: int) -> bool:
+        """Does the host accept a connection?"""
+        if (host, port) not in self._answers:
+            self._answers[host, port] = self._try(host, port)
+        return self._answers[host, port]
+
+    def _try(self, host: str, port: int) -> bool:
+        limit = min(self._patience_left, self.patience / 2)
+        if limit <= 0:
+            return False
+        connected = threading.Event()
+
+        def connect() -> None:
+            # Half the limit, so that an address family that leads nowhere leaves time for the other.
+            with contextlib.suppress(OSError), socket.create_connection((host, port), limit / 2):
+                connected.set()
+
+        # In a thread, because looking up a name takes no time-out and may hang for half a minute.
+        started = time.monotonic()
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        thread.join(limit)
+        if not connected.is_set():
+            self._patience_left -= time.monotonic() - started
+        return connected.is_set()
+
+
+_network = Network()
+
+
+def network_problem(url: str) -> str | None:
+    """Why `url` cannot be fetched, in words that follow 'because', or None if its host answers.
+
+    Takes no more than `Network.patience` seconds a process, however many hosts are asked for; a process
+    that was offline stays so (restart the kernel to look again).
+    """
+    if flag("PDL_OFFLINE"):
+        return "PDL_OFFLINE is set"
+    target = urlsplit(url)
+    proxy = urllib.request.getproxies().get(target.scheme)
+    if proxy and not urllib.request.proxy_bypass(target.hostname):
+        target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = target.port or {"http": 80, "https": 443}[target.scheme]
+    if not _network.answers(target.hostname, port):
+        return f"{target.hostname} does not answer (no network?)"
+    return None
