@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pdl_utils.training import save_atomically
+from pdl_utils.settings import REPOSITORY, save_atomically
 
-CHECKPOINTS = Path(__file__).resolve().parent.parent / "data" / "checkpoints"
+CHECKPOINTS = REPOSITORY / "data" / "checkpoints"
 DIGESTS = "SHA256SUMS"
 
 
@@ -25,16 +25,18 @@ class CorruptCheckpoint(RuntimeError):
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write floating-point weights as float16 (others as they are) and `metadata` as JSON values, and
     enter the file in its folder's SHA256SUMS (the format of `sha256sum`)."""
     half = {
-        name: (w.half() if w.is_floating_point() else w).detach().cpu().contiguous()
-        for name, w in weights.items()
+        name: (w.half() if w.is_floating_point() else w).detach().cpu().contiguous() for name, w in weights.items()
     }
     text = {key: json.dumps(value) for key, value in metadata.items()}
     save_atomically(lambda partial: save_file(half, partial, text), path)

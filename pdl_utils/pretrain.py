@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ import torchvision
 from torch import Tensor, nn
 
 from pdl_utils.augment import normalize, random_resized_crop, resize
-from pdl_utils.checkpoints import save_weights
 from pdl_utils.datasets.tiny_imagenet import read_split
 from pdl_utils.resnet import grow_depth, zero_last_norm
 from pdl_utils.settings import pick_device, seed_everything

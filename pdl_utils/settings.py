@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 T = TypeVar("T")
+
+# The checkout that this package is installed from (`pip install -e .`): data/ and figures/ live there.
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -74,3 +79,15 @@ def seed_everything(seed: int) -> None:
 def flag(name: str) -> bool:
     """Is the environment variable `name` switched on? Unset, empty, 0, false, no and off are not."""
     return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def save_atomically(write: Callable[[Path], None], path: Path) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step, so that no
+    reader and no later run ever meets half a file; a failed write leaves nothing behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

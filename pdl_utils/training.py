@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pdl_utils.settings import save_atomically
+
 
 class NonFiniteLoss(FloatingPointError):
     """The loss became NaN or infinite; the model is left as it was before that step."""
@@ -54,18 +56,6 @@ def warmup_cosine(
         return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def save_atomically(write: Callable[[Path], None], path: Path) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step, so that no
-    reader and no later run ever meets half a file; a failed write leaves nothing behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def fit(

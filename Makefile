@@ -1,0 +1,45 @@
+# Each target sets itself up on a fresh machine with Python 3.10+, and installs once.
+#   make notebooks   run all notebooks in the profile that fits the machine; copies and HTML in build/
+#   make test        unit, parity and fault tests, then every notebook again, fast and offline
+#   make bench       side-by-side timings against the peers
+#   make figures     render the committed notebooks anew, in place and in the full profile
+#   make lint        ruff over code and notebooks
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+
+.PHONY: notebooks test bench figures lint clean
+
+notebooks: $(VENV)/.ready-test
+	$(BIN)/python -m pdl_utils.run_notebooks --out build/notebooks $(NOTEBOOKS)
+
+test: export PDL_PROFILE = fast
+test: export PDL_OFFLINE = 1
+test: export PDL_PROGRESS = 0
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest tests
+	@set -e; for notebook in $(NOTEBOOKS); do \
+	  $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --timeout=900 -x -q $$notebook; \
+	done
+
+bench: $(VENV)/.ready-bench
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+figures: export PDL_PROFILE = full
+figures: $(VENV)/.ready-test
+	$(BIN)/python -m pdl_utils.run_notebooks --in-place $(NOTEBOOKS)
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The stamp is written last: an installation that was cut short is taken up again.
+$(VENV)/.ready-%: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed, this is ' + sys.version)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf build

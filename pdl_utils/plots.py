@@ -1,0 +1,140 @@
+"""One look for all figures: colour-blind safe, readable in grey, labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+# Okabe & Ito 2008, in an order whose lightness alternates; marker and line style differ as well.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
+MARKERS = "osD^vPX*"
+STYLES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
+HEAT = "inferno"  # one-sided maps: lightness grows with the value
+SIGNED = "PuOr_r"  # two-sided maps: white is zero
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults for every figure of the collection."""
+    mpl.rcParams.update(
+        {
+            "figure.constrained_layout.use": True,
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "axes.prop_cycle": mpl.cycler(color=COLORS),
+            "legend.frameon": False,
+            "image.interpolation": "nearest",
+        }
+    )
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """(3, H, W), uint8 or float in 0..1 → (H, W, 3) float in 0..1."""
+    pixels = image.detach().cpu().float() / (255 if image.dtype == torch.uint8 else 1)
+    return pixels.permute(1, 2, 0).clamp(0, 1).numpy()
+
+
+def overlay(image: Tensor, heat: Tensor, *, opacity: float = 0.65) -> np.ndarray:
+    """A map laid over its image: the stronger the evidence, the more of the colour and the less of the
+    greyed image is seen.
+
+    Args:
+        image: (3, H, W), uint8 or float in 0..1.
+        heat: (H, W) in 0..1, or -1..1 for a signed map.
+        opacity: share of colour where |heat| is 1.
+
+    Returns:
+        (H, W, 3) float in 0..1.
+    """
+    value = heat.detach().cpu().float().numpy()
+    signed = value.min() < 0
+    color = mpl.colormaps[SIGNED if signed else HEAT](value / 2 + 0.5 if signed else value)[..., :3]
+    grey = to_pixels(image).mean(2, keepdims=True)
+    weight = opacity * np.sqrt(np.abs(value))[..., None]
+    return (1 - weight) * grey + weight * color
+
+
+def image_grid(
+    images: Sequence[np.ndarray],
+    titles: Sequence[str],
+    *,
+    columns: int,
+    title: str = "",
+    row_labels: Sequence[str] = (),
+    cell: float = 1.9,
+) -> Figure:
+    """Pictures (H, W, 3) or (H, W) in rows of `columns`, each under its own title."""
+    rows = -(-len(images) // columns)
+    longest = max((str(t).count("\n") + 1 for t in titles), default=0)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(cell * columns, (cell + 0.16 * longest) * rows + 0.3), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, picture, text in zip(axes.flat, images, titles, strict=False):
+        axis.imshow(picture, cmap="gray" if picture.ndim == 2 else None)
+        axis.set_title(text, fontsize=7.5, loc="center")
+    for axis, text in zip(axes[:, 0], row_labels, strict=False):
+        axis.text(-0.06, 0.5, text, transform=axis.transAxes, rotation=90, ha="right", va="center", fontsize=8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def curves(
+    axis: Axes,
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float] | Sequence[Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> None:
+    """Lines over a common x, named in a legend. A series may be one line (X,) or several (runs, X): then
+    their mean, with the band of one sample standard deviation."""
+    for i, (name, values) in enumerate(series.items()):
+        runs = np.atleast_2d(np.asarray(values, dtype=float))
+        mean = runs.mean(0)
+        (line,) = axis.plot(
+            x, mean, STYLES[i % 8], marker=MARKERS[i % 8] if len(x) <= 12 else None, markersize=4, label=name
+        )
+        if len(runs) > 1:
+            spread = runs.std(0, ddof=1)
+            axis.fill_between(x, mean - spread, mean + spread, alpha=0.2, color=line.get_color(), linewidth=0)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.legend()
+
+
+def comparison(
+    axis: Axes,
+    values: Mapping[str, tuple[float, float, float]],
+    *,
+    xlabel: str,
+    title: str,
+    references: Mapping[str, float] | None = None,
+) -> None:
+    """Horizontal bars of (value, low end, high end of its interval), one a name, first on top;
+    `references` are vertical lines with a name."""
+    names = list(values)
+    for i, (value, low, high) in enumerate(values.values()):
+        axis.barh(i, value, color=COLORS[0], alpha=0.75, height=0.65)
+        axis.plot([low, high], [i, i], color="black", linewidth=1.5)
+        axis.text(high, i, f"  {value:.3f}", va="center", fontsize=8)
+    for i, (name, value) in enumerate((references or {}).items()):
+        axis.axvline(value, color="black", linestyle=STYLES[1 + i % 3], linewidth=1, label=name)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.grid(visible=False, axis="y")
+    axis.set(xlabel=xlabel, title=title)
+    if references:
+        axis.legend()

@@ -1,0 +1,71 @@
+"""Numbers and figures that outlive a notebook's run, each with the run that made it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import Image
+from matplotlib.figure import Figure
+
+from pdl_utils.provenance import Provenance, device_name
+from pdl_utils.settings import REPOSITORY, Profile, pick_device, save_atomically
+
+FIGURES = REPOSITORY / "figures"
+DPI = 110
+
+
+def show_figure(figure: Figure, name: str, alt: str, profile: Profile) -> Image:
+    """The figure as a PNG with a text for those who cannot see it; the last line of a cell.
+
+    In the full profile it is written to `figures/{name}.png` too.
+    """
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=DPI, bbox_inches="tight")
+    plt.close(figure)
+    if profile.name == "full":
+        save_atomically(lambda partial: partial.write_bytes(png.getvalue()), FIGURES / f"{name}.png")
+    return Image(png.getvalue(), format="png", alt=alt)
+
+
+def record(
+    profile: Profile, notebook: str, name: str, values: float | Sequence[float], unit: str, *origins: Provenance
+) -> dict[str, Any]:
+    """Enter a result into `figures/results.json` (in the full profile) and return the entry.
+
+    Args:
+        notebook: the notebook's file name without its ending.
+        name: what was measured, the same in every run.
+        values: one number, or one a seed: mean and sample standard deviation are kept.
+        unit: "micro-F1", "share of images", …
+        origins: data and weights behind the number.
+
+    Raises:
+        ValueError: there is no value, or one is not finite.
+    """
+    numbers = [float(v) for v in (values if isinstance(values, Sequence) else [values])]
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name}: {numbers} are no finite results")
+    mean = sum(numbers) / len(numbers)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in numbers) / (len(numbers) - 1)) if len(numbers) > 1 else 0.0
+    entry = {
+        "mean": round(mean, 6),
+        "std": round(spread, 6),
+        "n": len(numbers),
+        "unit": unit,
+        "provenance": "; ".join(map(str, origins)),
+        "run": f"{profile.name}, {device_name(pick_device())}, torch {torch.__version__}, {datetime.date.today()}",
+    }
+    if profile.name == "full":
+        file = FIGURES / "results.json"
+        results = json.loads(file.read_text()) if file.exists() else {}
+        results.setdefault(notebook, {})[name] = entry
+        text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        save_atomically(lambda partial: partial.write_text(text, encoding="utf-8"), file)
+    return entry

@@ -1,0 +1,81 @@
+"""Execute notebooks from top to bottom, each in a kernel of its own.
+
+python -m pdl_utils.run_notebooks --out build/notebooks notebooks/*.ipynb    copies and HTML
+python -m pdl_utils.run_notebooks --in-place notebooks/*.ipynb               the committed renderings
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbconvert import HTMLExporter
+
+from pdl_utils.settings import get_profile, save_atomically
+
+Notebook = nbformat.NotebookNode
+
+
+def execute(path: Path, cell_timeout: int) -> tuple[Notebook, str | None]:
+    """Run a notebook in its own folder; the executed copy, and what went wrong if anything did."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    client = NotebookClient(
+        notebook, timeout=cell_timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+        record_timing=False,
+    )  # fmt: skip
+    try:
+        client.execute()
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        return notebook, str(error)
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata.language_info = {"name": "python"}  # the kernel's version would change in every rendering
+    return notebook, None
+
+
+def write(notebook: Notebook, path: Path) -> None:
+    save_atomically(lambda partial: partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8"), path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", type=Path, nargs="+")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", type=Path, help="folder for the executed copies and their HTML")
+    place.add_argument("--in-place", action="store_true", help="write the outputs into the notebooks themselves")
+    parser.add_argument("--cell-timeout", type=int, default=7200, help="seconds for one cell")
+    args = parser.parse_args(argv)
+
+    print(f"profile: {get_profile()}", flush=True)
+    failed = []
+    for number, path in enumerate(args.notebooks, 1):
+        print(f"[{number}/{len(args.notebooks)}] {path.name} … ", end="", flush=True)
+        started = time.perf_counter()
+        notebook, problem = execute(path, args.cell_timeout)
+        print(f"{'failed' if problem else 'ok'} in {time.perf_counter() - started:.0f} s", flush=True)
+        if problem:
+            failed.append(path.name)
+            print(problem, file=sys.stderr)
+        if args.out:
+            write(notebook, args.out / path.name)
+            html, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+            page = args.out / f"{path.stem}.html"
+            save_atomically(lambda partial, html=html: partial.write_text(html, encoding="utf-8"), page)
+        elif not problem:  # a failed run never replaces a good rendering
+            write(notebook, path)
+    if args.out:
+        print(f"executed notebooks and their HTML: {args.out.resolve()}")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
