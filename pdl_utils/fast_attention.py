@@ -109,7 +109,7 @@ class _PairScores(Function):
         scores = h.new_empty(len(h), len(graph.source))
         for k, tile, pair, _ in _pairs(h, query, graph):
             torch.mv(F.leaky_relu_(pair, negative_slope), att[k], out=scores[k, tile])
-        return scores.t()
+        return scores.t().contiguous()  # dropout draws in memory's order: the plain version's, then
 
     @staticmethod
     @once_differentiable

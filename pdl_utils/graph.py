@@ -124,7 +124,7 @@ def edge_softmax(scores: Tensor, graph: Graph) -> Tensor:
     shape = (graph.num_nodes, scores.shape[1])
     top = scores.new_full(shape, -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")
     weight = (scores - top.index_select(0, graph.target)).exp()
-    total = scores.new_zeros(shape).index_add(0, graph.target, weight)
+    total = weight.new_zeros(shape).index_add(0, graph.target, weight)
     return weight / total.index_select(0, graph.target)
 
 
