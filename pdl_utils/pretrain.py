@@ -23,7 +23,8 @@ import torchvision
 from torch import Tensor, nn
 
 from pdl_utils.augment import normalize, random_resized_crop, resize
-from pdl_utils.datasets.tiny_imagenet import read_split
+from pdl_utils.datasets.sources import data_root
+from pdl_utils.datasets.tiny_imagenet import tiny_imagenet
 from pdl_utils.resnet import grow_depth, zero_last_norm
 from pdl_utils.settings import pick_device, seed_everything
 from pdl_utils.training import fit, warmup_cosine, weight_decay_groups
@@ -89,7 +90,7 @@ def per_epoch(text: str) -> list[int]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=("resnet18", "resnet34"), required=True)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("PDL_DATA", "data")))
+    parser.add_argument("--data", type=Path, default=data_root(), help="data root")
     parser.add_argument("--run", type=Path, required=True, help="folder for the resumable state")
     parser.add_argument("--export", type=Path, help="write the finished weights here (.safetensors)")
     parser.add_argument("--schedule", type=per_epoch, default="64x12,96x4,128x2", help="resolution x epochs, …")
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     seed_everything(args.seed)
 
-    train, val = (read_split(args.data / "tiny-imagenet-200", s) for s in ("train", "val"))
+    train, val = (tiny_imagenet(split, root=args.data) for split in ("train", "val"))
     images, labels = train.images.to(device), train.labels.to(device)
     val_images, val_labels = val.images.to(device), val.labels.to(device)
 

@@ -101,8 +101,8 @@ def obtain(
             raise NoRealData(
                 f"{name}: no real data, because {error}. Connect to the network, with PDL_OFFLINE unset, "
                 f"or put the official files into {place},{unset} and run this again."
-            ) from error
-        data, reason = stand_in(), f" (because {error})"
+            ) from None
+        data, reason = stand_in(), f", because {error}"
     print(f"{data.provenance}{reason}")
     return data
 
