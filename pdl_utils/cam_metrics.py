@@ -98,7 +98,7 @@ def insertion_deletion(
         blur: standard deviation in pixels of the Gaussian blur from which insertion starts.
     """
     n, _, height, width = images.shape
-    order = maps.flatten(1).argsort(1, descending=True, stable=True)
+    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(height * width, device=maps.device).expand(n, -1)
     )

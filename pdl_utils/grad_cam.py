@@ -25,10 +25,11 @@ class ClassMaps:
     """What `grad_cam` returns for N images and K classes each.
 
     Attributes:
-        maps: layer name → float32 (N, K, h, w), at the layer's own resolution and in the units of
-            score × activation; not negative unless `signed` was asked for.
+        maps: layer name → (N, K, h, w), at the layer's own resolution and in the units of score ×
+            activation; not negative unless `signed` was asked for. float32, also out of autocast, and
+            float64 for a float64 model.
         classes: int64 (N, K), the explained classes.
-        logits: float32 (N, number of classes), the network's scores.
+        logits: (N, number of classes), the network's scores, of the same type.
     """
 
     maps: dict[str, Tensor]
@@ -88,10 +89,20 @@ def grad_cam(
             ]
         maps = {}
         for (name, activation), *per_class in zip(activations.items(), *gradients, strict=True):
-            alpha = torch.stack([gradient.float().mean((2, 3)) for gradient in per_class], 1)
-            weighted = torch.einsum("nkc,nchw->nkhw", alpha, activation.float())
-            maps[name] = weighted if signed else weighted.relu()
-        return ClassMaps(maps, classes, logits.detach().float())
+            maps[name] = weighted_sum(activation, torch.stack(per_class, 1))
+    return ClassMaps({n: m if signed else m.relu() for n, m in maps.items()}, classes, at_least_float32(logits))
+
+
+def weighted_sum(activation: Tensor, gradients: Tensor) -> Tensor:
+    """Σ_k α_k A_k (eqs. 1 and 2 before the ReLU): (N, C, h, w) and (N, K, C, h, w) → (N, K, h, w)."""
+    alpha = at_least_float32(gradients).mean((3, 4))
+    with torch.autocast(activation.device.type, enabled=False):  # it would round the products again
+        return torch.einsum("nkc,nchw->nkhw", alpha, at_least_float32(activation))
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Detached; half precision, from autocast or a half model, widened to float32."""
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
 
 
 class GuidedReLU(TorchFunctionMode):
@@ -114,7 +125,7 @@ def guided_backprop(model: nn.Module, images: Tensor, classes: Classes = None, *
     Takes what `grad_cam` takes, and leaves the model as that does.
 
     Returns:
-        float32 (N, K, C, H, W), for K classes an image.
+        (N, K, C, H, W), for K classes an image.
     """
     check_images(model, images)
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
@@ -126,7 +137,7 @@ def guided_backprop(model: nn.Module, images: Tensor, classes: Classes = None, *
             torch.autograd.grad(score.sum(), pixels, retain_graph=k + 1 < classes.shape[1])[0]
             for k, score in enumerate(logits.gather(1, classes).unbind(1))
         ]
-    return torch.stack(gradients, 1).float()
+    return at_least_float32(torch.stack(gradients, 1))
 
 
 def guided_grad_cam(
@@ -135,7 +146,7 @@ def guided_grad_cam(
     """Guided backpropagation times the Grad-CAM map at image size (sec. 3.3): sharp and class-specific.
 
     Returns:
-        float32 (N, K, C, H, W).
+        (N, K, C, H, W).
     """
     cam = grad_cam(model, images, layer, classes, top_k=top_k)
     (maps,) = cam.maps.values()
@@ -189,9 +200,7 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         )
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None and images.shape[1] != first.in_channels:
-        raise ValueError(
-            f"images have {images.shape[1]} channels, the model's first layer takes {first.in_channels}"
-        )
+        raise ValueError(f"images have {images.shape[1]} channels; the model takes {first.in_channels}")
 
 
 def feature_maps(seen: dict[str, Tensor], layers: Iterable[str], images: Tensor) -> dict[str, Tensor]:

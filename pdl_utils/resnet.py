@@ -1,10 +1,112 @@
-"""Residual networks (He et al. 2015): torchvision's own classes, and where their weights come from."""
+"""Residual networks (He et al. 2015, arXiv:1512.03385): torchvision's own classes, and where their
+weights come from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
-from torch import nn
-from torchvision.models import ResNet
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models import ResNet, get_model, get_model_weights
+
+from pdl_utils.augment import normalize
+from pdl_utils.checkpoints import CHECKPOINTS, load_weights, sha256
+from pdl_utils.datasets.sources import DamagedFile, obtain
+from pdl_utils.provenance import Provenance
+
+
+@dataclass
+class PretrainedNetwork:
+    """A trained classifier with everything that belongs to its weights.
+
+    Attributes:
+        model: in eval mode; preprocessed images (N, 3, H, W) → logits (N, number of categories).
+        categories: the classes' names, in the order of the logits.
+        resize, size: `crop` makes the shorter side `resize` pixels long, then cuts out the middle
+            `size` × `size`.
+        provenance: which weights these are.
+    """
+
+    model: nn.Module
+    categories: list[str]
+    resize: int
+    size: int
+    provenance: Provenance
+
+    def crop(self, photos: Sequence[Image.Image]) -> Tensor:
+        """Photographs of any size → uint8 (N, 3, size, size): what the network will see, to be shown."""
+        small = [TF.resize(TF.pil_to_tensor(p.convert("RGB")), [self.resize], antialias=True) for p in photos]
+        return torch.stack([TF.center_crop(image, [self.size]) for image in small])
+
+    def preprocess(self, crops: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) → the standardised float batch that `model` takes, on its device."""
+        return normalize(crops.to(next(self.model.parameters()).device) / 255)
+
+    def category(self, name: str) -> int:
+        """The class whose name has `name` in it.
+
+        Raises:
+            ValueError: no class has, or several.
+        """
+        found = [i for i, category in enumerate(self.categories) if name.lower() in category.lower()]
+        if len(found) != 1:
+            raise ValueError(f"{name!r} names {[self.categories[i] for i in found] or 'no category'}")
+        return found[0]
+
+
+def pretrained_resnet(arch: str, device: torch.device | str = "cpu") -> PretrainedNetwork:
+    """A ResNet trained on ImageNet: torchvision's IMAGENET1K_V1 weights (1,000 classes) where they lie under
+    the data root or can be fetched, else this project's own, trained on Tiny ImageNet (200 of the classes).
+
+    Args:
+        arch: 'resnet18' or 'resnet34'.
+
+    Raises:
+        ValueError: another architecture.
+        CorruptCheckpoint: the project's own file is damaged.
+    """
+    if arch not in ("resnet18", "resnet34"):
+        raise ValueError(f"no weights for {arch!r}; choose 'resnet18' or 'resnet34'")
+    weights = get_model_weights(arch).IMAGENET1K_V1
+    file = weights.url.rsplit("/", 1)[1]
+
+    def read(path: Path) -> PretrainedNetwork:
+        # The file's name ends in the start of its SHA-256, as all of torchvision's do.
+        if not sha256(path).startswith(path.stem.rsplit("-", 1)[1]):
+            raise DamagedFile(path, "is truncated or corrupt (its SHA-256 differs)")
+        model = get_model(arch)
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        origin = Provenance(f"{arch} weights", "torchvision IMAGENET1K_V1, 1,000 classes")
+        return PretrainedNetwork(model, weights.meta["categories"], 256, 224, origin)
+
+    network = obtain(
+        f"{arch} weights",
+        file,
+        read=read,
+        download=lambda root: torch.hub.download_url_to_file(weights.url, root / file, progress=False),
+        url=weights.url,
+        stand_in=lambda: own_network(arch),
+    )
+    network.model.to(device, memory_format=torch.channels_last).eval()
+    return network
+
+
+def own_network(arch: str) -> PretrainedNetwork:
+    """The ResNet that `python -m pdl_utils.pretrain` made and that ships in `data/checkpoints/`."""
+    weights, facts = load_weights(CHECKPOINTS / f"{arch}_tiny_imagenet.safetensors")
+    model = get_model(arch, num_classes=len(facts["categories"]))
+    model.load_state_dict(weights)
+    accuracy = facts["top1"][str(facts["resolution"])]
+    origin = Provenance(
+        f"{arch} weights",
+        f"this project's, trained on {facts['data']}: top-1 {accuracy:.1%} at {facts['resolution']} px",
+    )
+    size = facts["photo_size"]
+    return PretrainedNetwork(model, facts["categories"], size, size, origin)
 
 
 @torch.no_grad()

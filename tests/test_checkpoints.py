@@ -1,0 +1,72 @@
+"""Weights that ship: what is saved comes back, what is damaged is named."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pdl_utils.checkpoints import DIGESTS, CorruptCheckpoint, load_weights, save_weights, sha256
+
+
+@pytest.fixture
+def saved(tmp_path):
+    weights = {"w": torch.randn(4, 5), "steps": torch.tensor(7)}
+    save_weights(tmp_path / "net.safetensors", weights, {"seed": 3, "categories": ["ä", "b"]})
+    return tmp_path / "net.safetensors", weights
+
+
+def test_what_is_saved_comes_back(saved):
+    file, weights = saved
+    loaded, metadata = load_weights(file)
+    assert metadata == {"seed": 3, "categories": ["ä", "b"]}
+    assert loaded["w"].dtype == torch.float32
+    assert torch.equal(loaded["w"], weights["w"].half().float())
+    assert torch.equal(loaded["steps"], weights["steps"])
+    assert sorted(p.name for p in file.parent.iterdir()) == [DIGESTS, "net.safetensors"]
+
+
+def test_digests_of_other_files_are_kept(saved):
+    file, weights = saved
+    save_weights(file.with_name("other.safetensors"), weights, {})
+    lines = (file.parent / DIGESTS).read_text().splitlines()
+    assert lines == [f"{sha256(file.with_name(n))}  {n}" for n in ("net.safetensors", "other.safetensors")]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-10], lambda b: b[:50] + b"x" + b[51:], lambda b: b""])
+def test_a_damaged_file_is_named(saved, damage):
+    file, _ = saved
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CorruptCheckpoint, match=r"net.safetensors has SHA-256 .* `git checkout"):
+        load_weights(file)
+
+
+def test_a_file_that_no_digest_vouches_for_is_refused(saved):
+    file, _ = saved
+    stranger = file.with_name("stranger.safetensors")
+    save_file({"w": torch.zeros(1)}, stranger)
+    with pytest.raises(CorruptCheckpoint, match=r"stranger\.safetensors is not listed"):
+        load_weights(stranger)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        load_weights(file.with_name("absent.safetensors"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('a pickle ran')",)
+
+
+def test_a_pickle_is_never_run(saved):
+    file, _ = saved
+    file.write_bytes(pickle.dumps(Bomb()))
+    (file.parent / DIGESTS).write_text(f"{sha256(file)}  {file.name}\n")
+    with pytest.raises(CorruptCheckpoint, match="cannot be read"):
+        load_weights(file)
+
+
+def test_metadata_is_plain_json(saved):
+    from safetensors import safe_open
+
+    with safe_open(saved[0], framework="pt") as file:
+        assert {k: json.loads(v) for k, v in file.metadata().items()}["seed"] == 3

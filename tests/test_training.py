@@ -1,0 +1,182 @@
+"""The loop: it learns, resumes to the same numbers after a kill, and stops at nonsense."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pdl_utils.settings import save_atomically
+from pdl_utils.training import History, NonFiniteLoss, fit, warmup_cosine, weight_decay_groups
+
+
+def problem(seed: int = 0):
+    """A small classification task: model, batches of an epoch, loss."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
+    y = (x[:, :3]).argmax(1)
+
+    def batches(epoch):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(epoch))
+        return [(x[rows], y[rows]) for rows in order.split(20)]
+
+    def loss(net, batch):
+        return F.cross_entropy(net(batch[0]), batch[1])
+
+    return model, batches, loss, (x, y)
+
+
+def train(epochs, checkpoint=None, **options):
+    model, batches, loss, (x, y) = problem()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    scheduler = warmup_cosine(optimizer, steps=30, warmup=3)
+    history = fit(
+        model, batches, loss, optimizer, epochs=epochs, scheduler=scheduler, checkpoint=checkpoint,
+        evaluate=lambda net: {"accuracy": (net(x).argmax(1) == y).float().mean().item()},
+        progress=False, **options,
+    )  # fmt: skip
+    return model, history
+
+
+def test_it_learns_and_says_how():
+    model, history = train(10)
+    assert history["epoch"] == list(range(1, 11))
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+    assert history["accuracy"][-1] > 0.9
+    assert not model.training
+    assert history.best("accuracy")["accuracy"] == max(history["accuracy"])
+
+
+def test_interrupted_and_resumed_equals_unbroken(tmp_path):
+    unbroken, long = train(10)
+    train(4, tmp_path / "state.pt")
+    torch.manual_seed(99)  # a new process has another random state
+    resumed, pieced = train(10, tmp_path / "state.pt")
+    assert pieced["loss"] == long["loss"]
+    assert pieced["accuracy"] == long["accuracy"]
+    for ours, theirs in zip(resumed.state_dict().values(), unbroken.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_keep_best_restores_the_best_epoch_even_after_resuming(tmp_path):
+    scores = iter([0.1, 0.9, 0.5, 0.3])
+    weights = []
+
+    def evaluate(net):
+        weights.append(net[0].weight.detach().clone())
+        return {"score": next(scores)}
+
+    def run(epochs):
+        model, batches, loss, _ = problem()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        fit(
+            model, batches, loss, optimizer, epochs=epochs, evaluate=evaluate, keep_best="score",
+            checkpoint=tmp_path / "state.pt", progress=False,
+        )  # fmt: skip
+        return model
+
+    run(3)
+    assert torch.equal(run(4)[0].weight, weights[1])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step():
+    model, batches, _, _ = problem()
+    before = [p.clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(NonFiniteLoss, match=r"demo: loss is nan in epoch 1, batch 1; lower the learning rate"):
+        fit(
+            model, batches, lambda net, batch: net(batch[0]).sum() * float("nan"), optimizer, epochs=1,
+            label="demo", progress=False,
+        )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_gradients_are_clipped():
+    model, batches, loss, _ = problem()
+    norms = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+            return super().step(closure)
+
+    fit(model, batches, loss, Spy(model.parameters(), lr=0.1), epochs=1, clip_norm=1e-3, progress=False)
+    assert max(norms) <= 1.001e-3
+
+
+def test_schedule_and_decay_groups():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    decayed, plain = weight_decay_groups(model, 0.1)
+    assert [p.ndim for p in decayed["params"]] == [4]
+    assert plain["weight_decay"] == 0
+    assert len(plain["params"]) == 3
+    optimizer = torch.optim.SGD([decayed, plain], lr=1.0)
+    scheduler = warmup_cosine(optimizer, steps=10, warmup=2)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_history_of_nothing_is_empty():
+    assert History()["loss"] == []
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path):
+    file = tmp_path / "state.pt"
+    file.write_text("old")
+
+    def half(partial):
+        partial.write_text("ne")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        save_atomically(half, file)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+    assert file.read_text() == "old"
+
+
+KILLED = """
+import json, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_training
+original = test_training.problem
+def slow_problem(seed=0):
+    model, batches, loss, data = original(seed)
+    def slowly(net, batch):
+        time.sleep(0.02)
+        return loss(net, batch)
+    return model, batches, slowly, data
+test_training.problem = slow_problem
+model, history = test_training.train(10, Path({file!r}))
+print(json.dumps(history["loss"]))
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_result(tmp_path):
+    file = tmp_path / "state.pt"
+    code = KILLED.format(tests=str(Path(__file__).parent), file=str(file))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    while not file.exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    time.sleep(0.13)  # in the middle of a later epoch
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(torch.load(file, weights_only=True)["history"])
+    assert 0 < done < 10
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert json.loads(finished.stdout) == train(10)[1]["loss"]
+    assert [p.name for p in tmp_path.iterdir() if "partial" not in p.name] == ["state.pt"]
