@@ -118,7 +118,7 @@ def make_mnist(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
         parts[f"{part}-labels-idx1-ubyte"] = struct.pack(">II", 0x801, count) + bytes(range(count))
     packed = {f"{name}.gz": gzip.compress(content) for name, content in parts.items()}
     server.files.update(packed)
-    patch.setattr(MNIST, "mirrors", [server.url])
+    patch.setattr(small_images, "MNIST_URL", server.url)
     patch.setattr(MNIST, "resources", [(name, md5(content)) for name, content in packed.items()])
     patch.setattr(small_images, "MNIST_MD5", {name: md5(content) for name, content in parts.items()})
     files = {f"MNIST/raw/{name}": content for name, content in parts.items()}
@@ -220,7 +220,7 @@ def test_truncated_download_is_named_removed_and_fetched_again(official, file_se
     out = capsys.readouterr().out
     assert "attempt 1 of 3" in out
     assert "attempt 2 of 3" not in out
-    assert official.archive.split(".")[0] in out
+    assert official.archive in out
     assert not list(sources.data_root().glob("*.partial"))
 
 
@@ -248,7 +248,7 @@ def test_damaged_local_file_is_named_and_fetched_again(official, damage, capsys)
     capsys.readouterr()
     assert contents(official.load()) == whole
     out = capsys.readouterr().out
-    assert path.name in out or "has 19 photographs" in out
+    assert f"{path} is" in out or f"{path} cannot be decoded" in out or "val has 19 photographs, not 20\n" in out
     assert path.read_bytes() == official.files[official.damaged]
 
 
@@ -417,8 +417,12 @@ def test_own_photographs_come_first_and_unreadable_ones_stay(capsys):
 # The network
 
 
-@pytest.mark.parametrize("blocked", ["create_connection", "getaddrinfo"], ids=["unroutable", "silent DNS"])
-def test_offline_is_noticed_in_under_5_seconds_for_all_data_sets(blocked, monkeypatch):
+@pytest.mark.parametrize(("blocked", "patience"), [("getaddrinfo", None), ("create_connection", 0.5)])
+def test_offline_is_noticed_in_under_5_seconds_for_all_data_sets(blocked, patience, monkeypatch):
+    """Names that are never looked up, with the real patience; hosts that never answer, in less time."""
+    if patience:
+        monkeypatch.setattr(sources.Network, "patience", patience)
+        monkeypatch.setattr(sources, "_network", sources.Network())
     release = threading.Event()
 
     def hang(*_: object, **__: object) -> None:
@@ -436,7 +440,7 @@ def test_offline_is_noticed_in_under_5_seconds_for_all_data_sets(blocked, monkey
     ]
     started = time.monotonic()
     assert all(sources.network_problem(url) for url in urls * 2)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < (patience or 4) + 1
     release.set()
 
 
@@ -523,6 +527,15 @@ def download_slowly(started: Path, root: Path) -> None:
         started.touch()
         time.sleep(0.5)
         file.write(b"ole")
+
+
+def test_tar_files_are_unpacked_carefully_by_loaders_that_are_not(tmp_path):
+    """torchvision 0.21 calls `extractall` without a filter."""
+    archive = tarfile.open(fileobj=io.BytesIO(tar({"../evil": b"evil"})))  # noqa: SIM115
+    with archive, sources.careful_downloads(), pytest.raises(tarfile.FilterError):
+        archive.extractall(tmp_path / "inside")
+    assert not (tmp_path / "evil").exists()
+    assert tarfile.TarFile.extraction_filter is None
 
 
 def test_two_processes_that_want_the_same_download_it_once(file_server, tmp_path):

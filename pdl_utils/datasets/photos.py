@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 from torchvision.datasets import Imagenette
+from torchvision.datasets.folder import make_dataset
 
 from pdl_utils.datasets import stand_ins
 from pdl_utils.datasets.sources import DamagedFile, data_root, obtain
@@ -88,17 +89,20 @@ def _own_photos(folder: Path, count: int | None, prefer: Sequence[str]) -> Photo
 
 def _imagenette(folder: Path, count: int | None, prefer: Sequence[str]) -> Photos:
     try:
-        dataset = Imagenette(folder.parent, "val", IMAGENETTE_SIZE, loader=Path)  # paths, not pixels
+        dataset = Imagenette(folder.parent, "val", IMAGENETTE_SIZE)
+        files = make_dataset(folder / "val", dataset.wnid_to_idx, extensions=".jpeg")  # without decoding them
     except (OSError, KeyError) as error:
         raise DamagedFile(folder / "val", f"is not Imagenette's validation split ({error})") from error
-    if len(dataset) != IMAGENETTE_COUNT:
-        raise DamagedFile(folder / "val", f"has {len(dataset)} photographs, not {IMAGENETTE_COUNT}")
+    if len(files) != IMAGENETTE_COUNT:
+        raise DamagedFile(folder / "val", f"has {len(files)} photographs, not {IMAGENETTE_COUNT}")
     candidates = _stand_in_candidates()[:1]  # the cat: Imagenette has none
     seen = [0] * len(dataset.classes)
-    for path, label in dataset:
+    for path, label in files:
         seen[label] += 1
         if seen[label] <= PER_CLASS:
-            candidates.append(_Candidate(partial(_open, path), dataset.classes[label][0], dataset.wnids[label]))
+            candidates.append(
+                _Candidate(partial(_open, Path(path)), dataset.classes[label][0], dataset.wnids[label])
+            )
     source = "Imagenette's validation split, and scikit-image's cat"
     return _choose(candidates, count, prefer, Provenance("ImageNet photographs", source))
 

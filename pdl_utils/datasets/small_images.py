@@ -14,6 +14,7 @@ from pdl_utils.datasets import stand_ins
 from pdl_utils.datasets.sources import obtain, verify_md5
 from pdl_utils.provenance import Provenance
 
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 # torchvision checks the MD5 of MNIST's archives, but not of the unpacked files that it reads.
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -64,7 +65,7 @@ def mnist() -> LabelledImages:
     """
     return obtain(
         "MNIST", "MNIST",
-        read=_read_mnist, download=lambda root: MNIST(root, download=True), url=MNIST.mirrors[0],
+        read=_read_mnist, download=_download_mnist, url=MNIST_URL,
         stand_in=_mnist_stand_in,
     )  # fmt: skip
 
@@ -87,6 +88,11 @@ def _read_mnist(folder: Path) -> LabelledImages:
     train, test = (MNIST(folder.parent, train=part) for part in (True, False))
     arrays = [train.data[:, None], train.targets, test.data[:, None], test.targets]
     return LabelledImages(*arrays, "0123456789", Provenance("MNIST", "official files, MD5 verified"))
+
+
+def _download_mnist(root: Path) -> None:
+    # torchvision 0.21 asks a mirror first that is gone, and its loader names the folder after its class.
+    type("MNIST", (MNIST,), {"mirrors": [MNIST_URL]})(root, download=True)
 
 
 def _cifar10_stand_in() -> LabelledImages:

@@ -31,14 +31,15 @@ from pdl_utils.provenance import Provenance
 from pdl_utils.settings import flag
 
 ATTEMPTS = 3
-PAUSE = 1.0  # seconds between two attempts at a download
-STALL = 20.0  # seconds without a byte after which a download has failed
+PAUSE = 1.0  # seconds between two attempts
+STALL = 20.0  # seconds without a byte after which an attempt has failed
 
 
 class Sourced(Protocol):
     """A data set that knows where it came from."""
 
-    provenance: Provenance
+    @property
+    def provenance(self) -> Provenance: ...
 
 
 T = TypeVar("T", bound=Sourced)
@@ -146,7 +147,7 @@ def _fetch(name: str, place: Path, read: Callable[[Path], T], download: Callable
             (staging / place.name).replace(place)
             return data
         except Exception as error:  # loaders raise all kinds of things for half a file
-            print(f"{name}: attempt {attempt} of {ATTEMPTS} to download {url} failed and was removed: {error}")
+            print(f"{name}: attempt {attempt} of {ATTEMPTS} at {url}{_last_file(staging)} failed: {error}")
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         if attempt < ATTEMPTS:
@@ -154,12 +155,18 @@ def _fetch(name: str, place: Path, read: Callable[[Path], T], download: Callable
     raise _Unavailable(f"the download of {url} failed {ATTEMPTS} times")
 
 
+def _last_file(folder: Path) -> str:
+    """The file that a loader wrote last, which the caller removes, in words."""
+    files = sorted((path.stat().st_mtime_ns, path.name) for path in folder.rglob("*") if path.is_file())
+    return f" ({files[-1][1]}, removed)" if files else ""
+
+
 def _remove(path: Path) -> str:
-    """Remove a damaged file; the words that say what became of it."""
+    """Remove a damaged file, if it is one; the words that say what became of it."""
+    if not path.is_file():
+        return ""
     try:
         path.unlink()
-    except FileNotFoundError:
-        return ""
     except OSError:
         return ", but cannot be removed"
     return " and was removed"
@@ -181,7 +188,7 @@ def verify_md5(folder: Path, expected: Mapping[str, str]) -> None:
 @contextlib.contextmanager
 def careful_downloads() -> Iterator[None]:
     """Inside, a download that stalls raises instead of hanging, and tar files cannot write outside their
-    folder: torchvision's and PyG's loaders offer no parameter for the one, old ones none for the other."""
+    folder: loaders have no parameter for the one, and old ones do not see to the other."""
     timeout, extraction = socket.getdefaulttimeout(), getattr(tarfile.TarFile, "extraction_filter", None)
     socket.setdefaulttimeout(STALL)
     if hasattr(tarfile, "data_filter"):
