@@ -1,0 +1,240 @@
+"""PPI: files of the official format through the official loader, what can go wrong with them, the stand-in."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FileServer
+from torch import Tensor
+from torch_geometric.datasets import PPI
+
+from pdl_utils.datasets import sources
+from pdl_utils.datasets.ppi import TissueGraphs, ppi
+from pdl_utils.datasets.ppi_stand_in import FEATURES, LABELS, PPI_SIZED, SMALL, Recipe, ppi_stand_in
+
+TINY = Recipe(train=(60, 80), val=(70,), test=(90,), modules=6, complex_size=10, degree=12)
+SIZES = {"train": (7, 9, 5), "valid": (6, 8), "test": (4, 6)}  # nodes of each graph
+FIRST_ID = {"train": 1, "valid": 21, "test": 23}
+
+pytestmark = pytest.mark.usefixtures("fresh_data")
+
+
+def official_files() -> dict[str, bytes]:
+    """The twelve raw files of a small PPI: node-link JSON, directed, every graph a ring with a loop."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for part, sizes in SIZES.items():
+        nodes, start, links = sum(sizes), 0, []
+        for size in sizes:
+            ring = [(start + i, start + (i + 1) % size) for i in range(size)]
+            links += [{"source": a, "target": b} for a, b in [*ring, *(edge[::-1] for edge in ring)]]
+            links.append({"source": start, "target": start})
+            start += size
+        graph = {"directed": False, "graph": {}, "nodes": [{"id": i} for i in range(nodes)],
+                 "links": links, "multigraph": False}  # fmt: skip
+        ids = np.repeat(np.arange(len(sizes)) + FIRST_ID[part], sizes)
+        arrays = {
+            "feats": rng.normal(size=(nodes, FEATURES)), "labels": rng.integers(2, size=(nodes, LABELS)),
+            "graph_id": ids,
+        }  # fmt: skip
+        files[f"{part}_graph.json"] = json.dumps(graph).encode()
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            files[f"{part}_{name}.npy"] = buffer.getvalue()
+    return files
+
+
+def write_raw() -> Path:
+    raw = sources.data_root() / "ppi" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for name, content in official_files().items():
+        (raw / name).write_bytes(content)
+    return raw
+
+
+@pytest.fixture
+def serve(file_server: FileServer, monkeypatch) -> FileServer:
+    """The official archive, served on this machine."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in official_files().items():
+            archive.writestr(name, content)
+    file_server.files["ppi.zip"] = buffer.getvalue()
+    monkeypatch.setattr(PPI, "url", file_server.url + "ppi.zip")
+    return file_server
+
+
+def array(part: str, name: str) -> Tensor:
+    return torch.from_numpy(np.load(io.BytesIO(official_files()[f"{part}_{name}.npy"])))
+
+
+def check(data: TissueGraphs) -> None:
+    assert data.provenance.real
+    for part, graphs in {"train": data.train, "valid": data.val, "test": data.test}.items():
+        assert [graph.num_nodes for graph in graphs] == list(SIZES[part])
+        assert torch.equal(torch.cat([graph.x for graph in graphs]), array(part, "feats").float())
+        assert torch.equal(torch.cat([graph.y for graph in graphs]), array(part, "labels").float())
+        for graph in graphs:
+            n = graph.num_nodes
+            ring = {(i, (i + 1) % n) for i in range(n)}
+            assert set(map(tuple, graph.edge_index.t().tolist())) == ring | {edge[::-1] for edge in ring}
+
+
+def test_local_files(serve, capsys):
+    write_raw()
+    check(ppi())
+    captured = capsys.readouterr()
+    assert captured.out == "PPI: official files, read by torch_geometric\n"
+    assert captured.err == ""
+    assert serve.requests == 0
+
+
+def test_second_run_takes_the_processed_copy(serve, monkeypatch):
+    write_raw()
+    ppi()
+    monkeypatch.setattr(PPI, "process", lambda _: pytest.fail("processed again"))
+    check(ppi())
+
+
+def test_download(serve):
+    check(ppi())
+    assert serve.requests == 1
+    serve.files.clear()
+    check(ppi())
+
+
+def test_truncated_download_is_tried_again(serve, capsys):
+    serve.truncated = 1
+    check(ppi())
+    assert "attempt 1 of 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train_feats.npy", "valid_labels.npy", "test_graph_id.npy", "train_graph.json"])
+@pytest.mark.parametrize("damage", ["removed", "emptied", "truncated"])
+def test_damaged_raw_file_is_named_and_mended(name, damage, serve, capsys):
+    path = write_raw() / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "removed":
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    check(ppi())
+    assert f"{path} is {'missing' if damage == 'removed' else 'truncated or corrupt'}" in capsys.readouterr().out
+    assert path.read_bytes() == content
+    check(ppi())
+    assert serve.requests == 1
+
+
+def test_json_broken_in_the_middle_is_named(serve, capsys):
+    path = write_raw() / "valid_graph.json"
+    path.write_bytes(path.read_bytes().replace(b'"links": [{"source"', b'"links": [{source', 1))
+    check(ppi())
+    assert f"{path} is truncated or corrupt" in capsys.readouterr().out
+
+
+def test_arrays_that_do_not_fit_are_named(serve, capsys):
+    path = write_raw() / "test_labels.npy"
+    np.save(path, np.zeros((10, LABELS - 1)))
+    check(ppi())
+    assert f"{path} has shape (10, 120), not (10, 121)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["truncated", "of other data", "incomplete"])
+def test_processed_copy_is_not_trusted(how, serve, capsys):
+    raw = write_raw()
+    ppi()
+    processed = raw.parent / "processed"
+    if how == "truncated":
+        (processed / "val.pt").write_bytes((processed / "val.pt").read_bytes()[:500])
+    elif how == "of other data":
+        shutil.copy(processed / "test.pt", processed / "val.pt")
+    else:
+        (processed / "val.pt").unlink()
+    check(ppi())
+    check(ppi())
+    said = capsys.readouterr().out.count(f"{processed} does not match the raw files and is made again")
+    assert said == (how != "incomplete")  # torch_geometric itself makes a missing one
+    assert serve.requests == 0
+
+
+def test_data_root_that_can_only_be_read(serve, monkeypatch):
+    raw = write_raw()
+    really_make = Path.mkdir
+
+    def refuse(path: str, *args, **kwargs) -> None:
+        if str(path).startswith(str(raw.parent)):
+            raise PermissionError(13, "read-only", str(path))
+        really_make(Path(path), parents=True, exist_ok=True)
+
+    monkeypatch.setattr("os.makedirs", refuse)
+    check(ppi())
+    assert not (raw.parent / "processed").exists()
+
+
+def test_offline_means_a_stand_in_that_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("PDL_OFFLINE", "1")
+    data = ppi(TINY)
+    assert not data.provenance.real
+    assert data.provenance.tag == " · stand-in for PPI"
+    assert "stand-in: 4 seeded graphs of 60 to 90 nodes" in capsys.readouterr().out
+    assert [len(split) for split in (data.train, data.val, data.test)] == [2, 1, 1]
+
+
+def test_require_real(monkeypatch):
+    monkeypatch.setenv("PDL_OFFLINE", "1")
+    monkeypatch.setenv("PDL_REQUIRE_REAL", "1")
+    with pytest.raises(sources.NoRealData, match="PDL_OFFLINE is set"):
+        ppi(TINY)
+
+
+# The stand-in
+
+
+def test_stand_in_is_the_same_for_the_same_seed():
+    first, same, other = (ppi_stand_in(TINY, seed) for seed in (1, 1, 2))
+    for split, graphs in first.items():
+        for graph, again in zip(graphs, same[split], strict=True):
+            assert all(torch.equal(graph[name], again[name]) for name in graph.keys())  # noqa: SIM118
+    assert not torch.equal(first["train"][0].x, other["train"][0].x)
+
+
+@pytest.mark.parametrize("recipe", [TINY, SMALL])
+def test_stand_in_edges(recipe):
+    for graphs in ppi_stand_in(recipe).values():
+        for graph in graphs:
+            source, target = graph.edge_index
+            assert (source != target).all()
+            pairs = set(map(tuple, graph.edge_index.t().tolist()))
+            assert len(pairs) == len(source)
+            assert {pair[::-1] for pair in pairs} == pairs
+            assert torch.equal(graph.functional, graph.complex[source] == graph.complex[target])
+            labels_agree = (graph.y[source] == graph.y[target]).all(1)
+            assert labels_agree[graph.functional].all()
+            assert not labels_agree[~graph.functional].any()
+            marker = graph.x[:, 0] > 0
+            assert torch.equal(marker[source] == marker[target], graph.functional)
+
+
+def test_stand_in_has_the_shape_of_ppi():
+    splits = ppi_stand_in(PPI_SIZED)
+    assert [len(graphs) for graphs in splits.values()] == [20, 2, 2]
+    graphs = [graph for split in splits.values() for graph in split]
+    sizes = torch.tensor([graph.num_nodes for graph in graphs])
+    assert (int(sizes.min()), int(sizes.max()), round(float(sizes.float().mean()))) == (591, 3480, 2373)
+    edges = sum(graph.num_edges for graph in graphs)
+    assert 28 < edges / int(sizes.sum()) < 30
+    assert 0.45 < sum(int(graph.functional.sum()) for graph in graphs) / edges < 0.55
+    x, y = (torch.cat([graph[name] for graph in splits["train"]]) for name in ("x", "y"))
+    assert (x.shape[1], y.shape[1]) == (50, 121)
+    torch.testing.assert_close(x.mean(0), torch.zeros(50), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std(0), torch.ones(50), atol=1e-3, rtol=0)
+    assert 0.25 < float(y.mean()) < 0.4
+    assert float(y.mean(0).min()) > 0
+    assert float(y.mean(0).max()) < 1
