@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pdl_utils.datasets import sources
+from pdl_utils.datasets import network, sources
 
 
 class FileServer(ThreadingHTTPServer):
@@ -66,5 +66,5 @@ def fresh_data(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("PDL_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(sources, "_network", sources.Network())
+    monkeypatch.setattr(network, "_network", network.Network())
     monkeypatch.setattr(sources, "PAUSE", 0.0)

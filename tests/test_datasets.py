@@ -31,7 +31,7 @@ from conftest import FileServer
 from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST, Imagenette
 
-from pdl_utils.datasets import photos, small_images, sources, stand_ins, tiny_imagenet
+from pdl_utils.datasets import network, photos, small_images, sources, stand_ins, tiny_imagenet
 from pdl_utils.provenance import Provenance
 
 REAL_DATA = Path(os.environ.get("PDL_DATA", "")).expanduser()
@@ -421,8 +421,8 @@ def test_own_photographs_come_first_and_unreadable_ones_stay(capsys):
 def test_offline_is_noticed_in_under_5_seconds_for_all_data_sets(blocked, patience, monkeypatch):
     """Names that are never looked up, with the real patience; hosts that never answer, in less time."""
     if patience:
-        monkeypatch.setattr(sources.Network, "patience", patience)
-        monkeypatch.setattr(sources, "_network", sources.Network())
+        monkeypatch.setattr(network.Network, "patience", patience)
+        monkeypatch.setattr(network, "_network", network.Network())
     release = threading.Event()
 
     def hang(*_: object, **__: object) -> None:
@@ -439,7 +439,7 @@ def test_offline_is_noticed_in_under_5_seconds_for_all_data_sets(blocked, patien
         "http://b.test",
     ]
     started = time.monotonic()
-    assert all(sources.network_problem(url) for url in urls * 2)
+    assert all(network.network_problem(url) for url in urls * 2)
     assert time.monotonic() - started < (patience or 4) + 1
     release.set()
 
@@ -453,9 +453,9 @@ def test_failing_dns_is_noticed_at_once_and_asked_once(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     started = time.monotonic()
-    assert "a.test does not answer" in sources.network_problem("https://a.test/x")
-    assert sources.network_problem("https://a.test/y")
-    assert sources.network_problem("https://b.test/x")
+    assert "a.test does not answer" in network.network_problem("https://a.test/x")
+    assert network.network_problem("https://a.test/y")
+    assert network.network_problem("https://b.test/x")
     assert time.monotonic() - started < 1
     assert asked == ["a.test", "b.test"]
 
@@ -470,23 +470,23 @@ def test_one_silent_host_does_not_hide_another(file_server, monkeypatch):
         return connect(address, timeout)
 
     monkeypatch.setattr(socket, "create_connection", slow_for_one)
-    monkeypatch.setattr(sources.Network, "patience", 0.4)
-    monkeypatch.setattr(sources, "_network", sources.Network())
-    assert sources.network_problem("http://a.test/x")
-    assert sources.network_problem(file_server.url) is None
+    monkeypatch.setattr(network.Network, "patience", 0.4)
+    monkeypatch.setattr(network, "_network", network.Network())
+    assert network.network_problem("http://a.test/x")
+    assert network.network_problem(file_server.url) is None
 
 
 def test_behind_a_proxy_the_proxy_is_asked(file_server, monkeypatch):
     monkeypatch.setenv("http_proxy", file_server.url)
-    assert sources.network_problem("http://a.test/x") is None
+    assert network.network_problem("http://a.test/x") is None
     monkeypatch.setenv("PDL_OFFLINE", "1")
-    assert sources.network_problem("http://a.test/x") == "PDL_OFFLINE is set"
+    assert network.network_problem("http://a.test/x") == "PDL_OFFLINE is set"
 
 
 def test_stalled_download_ends(file_server, monkeypatch, capsys):
     make_mnist(file_server, monkeypatch)
     file_server.stalled.set()
-    monkeypatch.setattr(sources, "STALL", 0.2)
+    monkeypatch.setattr(network, "STALL", 0.2)
     started = time.monotonic()
     assert not small_images.mnist().provenance.real
     assert time.monotonic() - started < 5
@@ -532,7 +532,7 @@ def download_slowly(started: Path, root: Path) -> None:
 def test_tar_files_are_unpacked_carefully_by_loaders_that_are_not(tmp_path):
     """torchvision 0.21 calls `extractall` without a filter."""
     archive = tarfile.open(fileobj=io.BytesIO(tar({"../evil": b"evil"})))  # noqa: SIM115
-    with archive, sources.careful_downloads(), pytest.raises(tarfile.FilterError):
+    with archive, network.careful_downloads(), pytest.raises(tarfile.FilterError):
         archive.extractall(tmp_path / "inside")
     assert not (tmp_path / "evil").exists()
     assert tarfile.TarFile.extraction_filter is None
