@@ -385,6 +385,15 @@ def test_tiny_imagenet_lists_are_verified(name, content, complaint, file_server,
     assert f"{Path(name).name} {complaint}" in capsys.readouterr().out
 
 
+def test_tiny_imagenet_misses_what_its_lists_promise(file_server, monkeypatch, capsys):
+    official = make_tiny_imagenet(file_server, monkeypatch)
+    missing = official.write() / official.damaged
+    missing.unlink()
+    assert tiny_imagenet.tiny_imagenet("val").labels.tolist() == [1, 0]  # though of the other split
+    assert f"{missing} is missing, although {WNIDS[1]}_boxes.txt lists it" in capsys.readouterr().out
+    assert missing.exists()
+
+
 def test_imagenette_values_and_choice(file_server, monkeypatch):
     make_imagenette(file_server, monkeypatch).write()
     data = photos.imagenet_photos()
