@@ -62,18 +62,35 @@ def random_resized_crop(
     Returns:
         float32 (N, C, size, size), in the range of `images`.
     """
-    n = len(images)
+    theta = crop_parameters(len(images), scale=scale, ratio=ratio, flip=flip, generator=generator)
+    return crop(images, theta, size)
+
+
+def crop_parameters(
+    n: int,
+    *,
+    scale: tuple[float, float] = (0.35, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """What `random_resized_crop` draws for n images: an affine map each, (n, 2, 3), from the crop to its
+    place in the image, both spoken of as [-1, 1]²."""
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(n, generator=generator) * (high - low) + low
 
     area, aspect = uniform(*scale), uniform(math.log(ratio[0]), math.log(ratio[1])).exp()
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    # affine_grid speaks of the image as [-1, 1]²: the crop's half-size is its share of the side.
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = width * (1 - 2 * (torch.rand(n, generator=generator) < 0.5 * flip).float())
     theta[:, 1, 1] = height
     theta[:, 0, 2] = uniform(-1, 1) * (1 - width)
     theta[:, 1, 2] = uniform(-1, 1) * (1 - height)
-    grid = F.affine_grid(theta.to(images.device), [n, images.shape[1], size, size], align_corners=False)
+    return theta
+
+
+def crop(images: Tensor, theta: Tensor, size: int) -> Tensor:
+    """Cut crops (N, 2, 3) out of images (N, C, H, W), as float32 (N, C, size, size) in the same range."""
+    grid = F.affine_grid(theta.to(images.device), [len(images), images.shape[1], size, size], align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)

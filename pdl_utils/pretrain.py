@@ -1,19 +1,24 @@
-"""Train this project's own ResNet-34 and ResNet-18 on Tiny ImageNet.
+"""Train this project's own ResNet-18 and ResNet-34 on Tiny ImageNet.
 
-    python -m pdl_utils.pretrain --arch resnet18 --run runs/resnet18
-    python -m pdl_utils.pretrain --arch resnet34 --run runs/resnet34 --grow-from runs/resnet18/last.pt
+    python -m pdl_utils.pretrain --arch resnet18 --run runs/resnet18 --export data/checkpoints
+    python -m pdl_utils.pretrain --arch resnet34 --run runs/resnet34 --export data/checkpoints \\
+        --grow-from runs/resnet18/last.pt --schedule 64x4,96x3,128x1 --lr 0.1
 
-Killed at any moment, the same command goes on from the last epoch to the same result. With
-`torchrun --nproc-per-node 2 -m pdl_utils.pretrain …` every process takes its share of each batch.
+Killed at any moment, the same command goes on from the last whole epoch to the same result. Started by
+`torchrun --nproc-per-node N -m pdl_utils.pretrain …`, every process takes its share of each batch.
+
+The recipe: SGD with Nesterov momentum, one cosine cycle, label smoothing, weight decay on kernels only,
+residual blocks that start as the identity, and images that grow during training. ResNet-34 starts as the
+function of a trained ResNet-18 (Net2Net) rather than from nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,18 +27,29 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pdl_utils.augment import normalize, random_resized_crop, resize
-from pdl_utils.datasets.sources import data_root
-from pdl_utils.datasets.tiny_imagenet import tiny_imagenet
+from pdl_utils.augment import crop, crop_parameters, normalize, resize
+from pdl_utils.checkpoints import save_weights
+from pdl_utils.datasets.tiny_imagenet import TinyImageNet, tiny_imagenet
+from pdl_utils.provenance import device_name
 from pdl_utils.resnet import grow_depth, zero_last_norm
 from pdl_utils.settings import pick_device, seed_everything
-from pdl_utils.training import fit, warmup_cosine, weight_decay_groups
+from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
+
+RESOLUTIONS = (64, 96, 128)  # at which a finished network is evaluated
 
 
-@dataclass
+@dataclass(frozen=True)
 class AugmentedBatches:
-    """The shuffled, augmented batches of an epoch; the order and the crops follow from `seed` and the
-    epoch alone. Process `rank` of `world` takes every `world`-th image of each batch."""
+    """Shuffled, cropped and mirrored batches; calling it gives those of another epoch.
+
+    The order and the crops follow from `seed` and `epoch` alone. Of every batch, process `rank` of
+    `world` gets every `world`-th image: together they see what one process would see.
+
+    Attributes:
+        images, labels: uint8 (N, 3, H, W) and int64 (N,), on the training device.
+        resolutions: side in pixels of the crops, one an epoch.
+        scale: smallest and largest share of an image in a crop.
+    """
 
     images: Tensor
     labels: Tensor
@@ -43,37 +59,27 @@ class AugmentedBatches:
     seed: int
     rank: int = 0
     world: int = 1
+    epoch: int = 0
 
-    def __call__(self, epoch: int) -> EpochOfBatches:
-        return EpochOfBatches(self, epoch)
+    def __call__(self, epoch: int) -> AugmentedBatches:
+        return replace(self, epoch=epoch)
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
 
-
-@dataclass
-class EpochOfBatches:
-    source: AugmentedBatches
-    epoch: int
-
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        s = self.source
-        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(s.images), generator=generator)
-        for step in range(len(self)):
-            rows = order[step * s.batch_size : (step + 1) * s.batch_size][s.rank :: s.world]
-            crops = random_resized_crop(
-                s.images[rows], s.resolutions[self.epoch], scale=s.scale, generator=generator
-            )
-            yield normalize(crops / 255), s.labels[rows]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.images), generator=generator)
+        for rows in order[: len(self) * self.batch_size].split(self.batch_size):
+            theta = crop_parameters(self.batch_size, scale=self.scale, generator=generator)
+            mine = slice(self.rank, None, self.world)
+            crops = crop(self.images[rows[mine]], theta[mine], self.resolutions[self.epoch])
+            yield normalize(crops / 255), self.labels[rows[mine]]
 
 
 @torch.no_grad()
 def top1(model: nn.Module, images: Tensor, labels: Tensor, resolution: int, batch: int = 250) -> float:
-    """Share of images whose most probable class is their label, at `resolution` pixels."""
+    """Share of images (N, 3, H, W) whose most probable class is their label, at `resolution` pixels."""
     hits = 0
     for x, y in zip(images.split(batch), labels.split(batch), strict=True):
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -82,77 +88,123 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, resolution: int, batc
     return hits / len(labels)
 
 
-def per_epoch(text: str) -> list[int]:
-    """'64x12,96x4' → 64 twelve times, then 96 four times."""
-    return [int(r) for part in text.split(",") for r in [part.split("x")[0]] * int(part.split("x")[1])]
+def schedule(text: str) -> list[int]:
+    """'64x12,96x4' → 64 twelve times, then 96 four times.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other form.
+    """
+    try:
+        parts = [tuple(map(int, part.split("x"))) for part in text.split(",")]
+        return [resolution for resolution, epochs in parts for _ in range(epochs)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}; write resolution x epochs, as 64x12,96x4") from error
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=("resnet18", "resnet34"), required=True)
-    parser.add_argument("--data", type=Path, default=data_root(), help="data root")
-    parser.add_argument("--run", type=Path, required=True, help="folder for the resumable state")
-    parser.add_argument("--export", type=Path, help="write the finished weights here (.safetensors)")
-    parser.add_argument("--schedule", type=per_epoch, default="64x12,96x4,128x2", help="resolution x epochs, …")
-    parser.add_argument("--resolution", type=int, default=128, help="evaluation resolution in pixels")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.2)
-    parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--label-smoothing", type=float, default=0.1)
-    parser.add_argument("--scale", type=float, nargs=2, default=(0.35, 1.0))
-    parser.add_argument("--grow-from", type=Path, help="start from a finished shallower run's state (Net2Net)")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--arch", choices=("resnet18", "resnet34"), required=True)
+    add("--run", type=Path, required=True, help="folder for the resumable state, outside the repository")
+    add("--data", type=Path, help="the data root (default: PDL_DATA, or data/)")
+    add("--export", type=Path, help="folder to write the finished weights to")
+    add("--grow-from", type=Path, help="start from the function of this finished ResNet-18 run (its last.pt)")
+    add("--schedule", type=schedule, default="64x12,96x4,128x2", help="resolution x epochs, …")
+    add("--resolution", type=int, default=128, help="the side in pixels that the weights are shipped for")
+    add("--photo-size", type=int, default=128, help="the side in pixels that suits large photographs best")
+    add("--batch-size", type=int, default=128, help="of all processes together")
+    add("--lr", type=float, default=0.2)
+    add("--weight-decay", type=float, default=5e-4)
+    add("--label-smoothing", type=float, default=0.1)
+    add("--scale", type=float, nargs=2, default=(0.35, 1.0), help="share of an image in a crop")
+    add("--seed", type=int, default=0)
     return parser.parse_args(argv)
+
+
+def build(args: argparse.Namespace, classes: int) -> nn.Module:
+    """The network at the start of training: random, or grown from a trained ResNet-18."""
+    model = torchvision.models.get_model(args.arch, num_classes=classes)
+    zero_last_norm(model)
+    if args.grow_from:
+        small = torchvision.models.resnet18(num_classes=classes)
+        small.load_state_dict(torch.load(args.grow_from, map_location="cpu", weights_only=True)["model"])
+        grow_depth(small, model)
+    return model
+
+
+def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: TinyImageNet) -> History:
+    device = next(model.parameters()).device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batches = AugmentedBatches(
+        data.images.to(device), data.labels.to(device), args.schedule, args.batch_size, tuple(args.scale),
+        args.seed, rank, world,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(
+        weight_decay_groups(model, args.weight_decay), lr=args.lr, momentum=0.9, nesterov=True
+    )
+    epochs = len(args.schedule)
+    some, their_labels = val.images[::5].to(device), val.labels[::5].to(device)
+    network = model
+    if world > 1:  # statistics of batch norm are those of a process's own share, on a GPU of all shares
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
+        network = nn.parallel.DistributedDataParallel(synced)
+    return fit(
+        network,
+        batches,
+        lambda net, batch: F.cross_entropy(net(batch[0]), batch[1], label_smoothing=args.label_smoothing),
+        optimizer,
+        epochs=epochs,
+        scheduler=warmup_cosine(optimizer, epochs * len(batches), warmup=len(batches)),
+        evaluate=lambda net: {"val_top1": top1(net, some, their_labels, args.resolution)},
+        autocast=True,
+        checkpoint=args.run / "last.pt",
+        examples=len(batches) * args.batch_size,
+        label=args.arch,
+        progress=None if rank == 0 else False,
+    )
+
+
+def export(args: argparse.Namespace, model: nn.Module, val: TinyImageNet, history: History, origin: str) -> None:
+    """Evaluate on all validation images and ship the weights with everything that one may ask about them."""
+    device = next(model.parameters()).device
+    images, labels = val.images.to(device), val.labels.to(device)
+    accuracy = {r: round(top1(model, images, labels, r), 4) for r in sorted({*RESOLUTIONS, args.resolution})}
+    print(f"{args.arch}: top-1 on {len(labels):,} validation images, by resolution: {accuracy}")
+    recipe = {key: value for key, value in vars(args).items() if key not in ("run", "data", "export", "grow_from")}
+    facts = {
+        "arch": args.arch,
+        "data": origin,
+        "recipe": {**recipe, "grown_from": "resnet18" if args.grow_from else None},
+        "epochs": len(args.schedule),
+        "seed": args.seed,
+        "top1": accuracy,
+        "resolution": args.resolution,
+        "photo_size": args.photo_size,
+        "training_minutes": round(sum(history["seconds"]) / 60, 1),
+        "hardware": device_name(device),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
+        },
+        "categories": [name.split(",")[0] for name in val.names],
+        "wnids": val.wnids,
+    }  # fmt: skip
+    save_weights(args.export / f"{args.arch}_tiny_imagenet.safetensors", model.state_dict(), facts)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    distributed = "RANK" in os.environ
     device = pick_device()
-    if distributed:
+    if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
     seed_everything(args.seed)
-
-    train, val = (tiny_imagenet(split, root=args.data) for split in ("train", "val"))
-    images, labels = train.images.to(device), train.labels.to(device)
-    val_images, val_labels = val.images.to(device), val.labels.to(device)
-
-    def build(arch: str) -> nn.Module:
-        return torchvision.models.get_model(arch, num_classes=len(train.wnids))
-
-    model = build(args.arch)
-    zero_last_norm(model)
-    if args.grow_from:
-        small = build("resnet18")
-        small.load_state_dict(torch.load(args.grow_from, map_location="cpu", weights_only=True)["model"])
-        grow_depth(small, model)
-    model = model.to(device, memory_format=torch.channels_last)
-    net = nn.parallel.DistributedDataParallel(model) if distributed else model
-
-    epochs = len(args.schedule)
-    batches = AugmentedBatches(
-        images, labels, args.schedule, args.batch_size, tuple(args.scale), args.seed, rank, world
-    )
-    optimizer = torch.optim.SGD(
-        weight_decay_groups(model, args.weight_decay), lr=args.lr, momentum=0.9, nesterov=True
-    )
-    scheduler = warmup_cosine(optimizer, epochs * len(batches), warmup=len(batches))
-
-    def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(net(batch[0]), batch[1], label_smoothing=args.label_smoothing)
-
-    def watch(_: nn.Module) -> dict[str, float]:
-        return {"val_top1": top1(model, val_images[::5], val_labels[::5], args.resolution)}
-
-    history = fit(
-        net, batches, loss, optimizer, epochs=epochs, scheduler=scheduler, evaluate=watch, autocast=True,
-        checkpoint=args.run / "last.pt", examples=len(batches) * args.batch_size, label=args.arch,
-        progress=rank == 0,
-    )  # fmt: skip
-    if rank == 0:
-        accuracy = {r: top1(model, val_images, val_labels, r) for r in (64, 96, 112, 128, 160, 224)}
-        print(json.dumps({"top1": accuracy, "epochs": history.rows}))
+    data, val = (tiny_imagenet(split, root=args.data) for split in ("train", "val"))
+    model = build(args, len(data.wnids)).to(device, memory_format=torch.channels_last)
+    history = train(args, model, data, val)
+    if args.export and (not dist.is_initialized() or dist.get_rank() == 0):
+        export(args, model, val, history, str(data.provenance))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def save_atomically(write: Callable[[Path], None], path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
+        partial.chmod(0o644)  # some writers make files that only their owner may read
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pdl_utils.settings import save_atomically
+
+
+class Batches(Protocol):
+    """The batches of one epoch: a list, a DataLoader, or anything with a length that can be iterated."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -60,7 +68,7 @@ def warmup_cosine(
 
 def fit(
     model: nn.Module,
-    batches: Callable[[int], Iterable[Any]],
+    batches: Callable[[int], Batches],
     loss_fn: Callable[[nn.Module, Any], Tensor],
     optimizer: torch.optim.Optimizer,
     *,
@@ -80,10 +88,12 @@ def fit(
 
     Args:
         model: whatever `loss_fn` understands.
-        batches: gives the batches of an epoch (0-based), in an order that depends on the epoch alone;
-            that, and the random state in the checkpoint, makes a resumed run equal an unbroken one.
+        batches: gives the batches of an epoch (0-based), with a length, in an order that depends on the
+            epoch alone; that, and the random state in the checkpoint, makes a resumed run equal an
+            unbroken one.
         loss_fn: `loss_fn(model, batch)` is a scalar tensor to minimise.
         optimizer, scheduler: the scheduler steps once a batch.
+            A model in DistributedDataParallel is trained by all its processes; the first one saves.
         evaluate: called in eval mode and without gradients after every epoch; its numbers join the history.
         keep_best: the name of a number from `evaluate`; the weights of the epoch in which it was
             largest are restored at the end (early stopping without stopping).
@@ -100,10 +110,12 @@ def fit(
         One row an epoch.
     """
     device = next(model.parameters()).device
+    bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    first_process = not dist.is_initialized() or dist.get_rank() == 0
     history, best, first = History(), None, 0
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
+        bare.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(state["scheduler"])
@@ -136,26 +148,28 @@ def fit(
             if scheduler is not None:
                 scheduler.step()
             total, count = total + value, count + 1
-            bar.update((examples or 1) / len(todo))
+            if examples:
+                bar.update(examples * count // len(todo) - examples * (count - 1) // len(todo))
         model.eval()
         row = {"epoch": epoch + 1, "loss": total / max(1, count), "seconds": time.perf_counter() - started}
         if evaluate is not None:
             with torch.no_grad():
-                row.update(evaluate(model))
+                row.update(evaluate(bare))
         history.rows.append(row)
+        bar.update(0 if examples else 1)
         bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k not in ("epoch", "seconds")})
         if keep_best is not None and (best is None or row[keep_best] > best["value"]):
-            weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            weights = {k: v.detach().clone() for k, v in bare.state_dict().items()}
             best = {"value": row[keep_best], "weights": weights}
-        if checkpoint is not None:
+        if checkpoint is not None and first_process:
             state = {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "model": bare.state_dict(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict() if scheduler else None,
                 "rng": torch.get_rng_state(), "history": history.rows, "best": best,
             }  # fmt: skip
             save_atomically(lambda path, state=state: torch.save(state, path), checkpoint)
     bar.close()
     if best is not None:
-        model.load_state_dict(best["weights"])
+        bare.load_state_dict(best["weights"])
     model.eval()
     return history

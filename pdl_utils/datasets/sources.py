@@ -82,7 +82,8 @@ def obtain(
         download: `download(root)` runs the official loader, which creates `root / folder`. It works in
             a folder of its own; only what `read` then accepts is moved to the data root, in one step.
         url: what the loader fetches, or part of it: its host is asked whether there is a network.
-        stand_in: makes the offline stand-in; None if there is none.
+        stand_in: makes what serves offline; None if there is nothing. Weights that were trained on real
+            data say so in their provenance and satisfy `PDL_REQUIRE_REAL` too.
         root: the data root, if not `data_root()`.
 
     Raises:
@@ -93,13 +94,13 @@ def obtain(
     try:
         data = _read_or_fetch(name, place, read, download, url)
     except _Unavailable as error:
-        if stand_in is None or flag("PDL_REQUIRE_REAL"):
-            unset = " or unset PDL_REQUIRE_REAL to accept the stand-in," if stand_in else ""
+        data, reason = stand_in() if stand_in else None, f", because {error}"
+        if data is None or not data.provenance.real and flag("PDL_REQUIRE_REAL"):
+            unset = " or unset PDL_REQUIRE_REAL to accept the stand-in," if data else ""
             raise NoRealData(
                 f"{name}: no real data, because {error}. Connect to the network, with PDL_OFFLINE unset, "
                 f"or put the official files into {place},{unset} and run this again."
             ) from None
-        data, reason = stand_in(), f", because {error}"
     print(f"{data.provenance}{reason}")
     return data
 
