@@ -17,7 +17,7 @@ from scipy.stats import binomtest, spearmanr
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from pdl_utils.hooks import evaluating, find_layers
+from pdl_utils.hooks import evaluating, find_layers, record_activations
 
 
 def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -66,6 +66,24 @@ def mean_interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tuple[flo
     rows = np.random.default_rng(seed).integers(len(sample), size=(draws, len(sample)))
     low, high = np.quantile(sample[rows].mean(1), (0.025, 0.975))
     return float(sample.mean()), float(low), float(high)
+
+
+def receptive_field(model: nn.Module, images: Tensor, layer: str, share: float = 0.9) -> float:
+    """Side in pixels of what a unit in the middle of a layer sees (Luo et al. 2016, arXiv:1701.04128).
+
+    The gradient of that unit, summed over channels, with respect to the image says which pixels matter;
+    the side is that of the span, across columns, which holds `share` of its absolute values, averaged
+    over images (N, C, H, W).
+    """
+    with torch.enable_grad(), evaluating(model), record_activations(model, layer) as seen:
+        pixels = images.detach().clone().requires_grad_()
+        model(pixels)
+        rows, columns = seen[layer].shape[-2:]
+        (gradient,) = torch.autograd.grad(seen[layer][:, :, rows // 2, columns // 2].sum(), pixels)
+    mass = gradient.abs().sum((0, 1, 2)).cumsum(0)
+    ends = torch.tensor([(1 - share) / 2, (1 + share) / 2], device=mass.device) * mass[-1]
+    first, last = torch.searchsorted(mass, ends).tolist()
+    return float(last - first + 1)
 
 
 @dataclass

@@ -65,6 +65,14 @@ def overlay(image: Tensor, heat: Tensor, *, opacity: float = 0.65) -> np.ndarray
     return (1 - weight) * grey + weight * color
 
 
+def gradient_picture(gradient: Tensor) -> np.ndarray:
+    """A gradient with respect to an image (3, H, W) as (H, W, 3) in 0..1: grey where it is zero, and full
+    contrast at the 99.5th percentile of its absolute values."""
+    values = gradient.detach().cpu().float()
+    peak = values.abs().flatten().quantile(0.995).clamp(min=torch.finfo(torch.float32).tiny)
+    return (values / (2 * peak) + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
 def image_grid(
     images: Sequence[np.ndarray],
     titles: Sequence[str],

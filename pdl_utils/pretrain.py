@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build(args, len(data.wnids)).to(device, memory_format=torch.channels_last)
     history = train(args, model, data, val)
     if args.export and (not dist.is_initialized() or dist.get_rank() == 0):
-        export(args, model, val, history, str(data.provenance))
+        export(args, model, val, history, f"{data.provenance.name} ({data.provenance.source})")
     if dist.is_initialized():
         dist.destroy_process_group()
 

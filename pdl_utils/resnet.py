@@ -3,7 +3,7 @@ weights come from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,16 +46,10 @@ class PretrainedNetwork:
         """uint8 (N, 3, H, W) → the standardised float batch that `model` takes, on its device."""
         return normalize(crops.to(next(self.model.parameters()).device) / 255)
 
-    def category(self, name: str) -> int:
-        """The class whose name has `name` in it.
-
-        Raises:
-            ValueError: no class has, or several.
-        """
-        found = [i for i, category in enumerate(self.categories) if name.lower() in category.lower()]
-        if len(found) != 1:
-            raise ValueError(f"{name!r} names {[self.categories[i] for i in found] or 'no category'}")
-        return found[0]
+    def class_of(self, name: str | None) -> int | None:
+        """The class of this name, or None where the network has none, or several, as for "crane"."""
+        found = [i for i, category in enumerate(self.categories) if name and category.lower() == name.lower()]
+        return found[0] if len(found) == 1 else None
 
 
 def pretrained_resnet(arch: str, device: torch.device | str = "cpu") -> PretrainedNetwork:
@@ -71,6 +65,23 @@ def pretrained_resnet(arch: str, device: torch.device | str = "cpu") -> Pretrain
     """
     if arch not in ("resnet18", "resnet34"):
         raise ValueError(f"no weights for {arch!r}; choose 'resnet18' or 'resnet34'")
+    return torchvision_network(arch, device, otherwise=own_network)
+
+
+def torchvision_network(
+    arch: str,
+    device: torch.device | str = "cpu",
+    otherwise: Callable[[str], PretrainedNetwork] | None = None,
+) -> PretrainedNetwork:
+    """Any classifier of torchvision with its first ImageNet weights, IMAGENET1K_V1.
+
+    Args:
+        arch: as torchvision calls it, 'mobilenet_v3_small'.
+        otherwise: gives the network where those weights are not to be had.
+
+    Raises:
+        NoRealData: they are not to be had, and there is no `otherwise`.
+    """
     weights = get_model_weights(arch).IMAGENET1K_V1
     file = weights.url.rsplit("/", 1)[1]
 
@@ -80,16 +91,19 @@ def pretrained_resnet(arch: str, device: torch.device | str = "cpu") -> Pretrain
             raise DamagedFile(path, "is truncated or corrupt (its SHA-256 differs)")
         model = get_model(arch)
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        origin = Provenance(f"{arch} weights", "torchvision IMAGENET1K_V1, 1,000 classes")
-        return PretrainedNetwork(model, weights.meta["categories"], 256, 224, origin)
+        origin = Provenance(f"{arch} weights", "torchvision's IMAGENET1K_V1, 1,000 classes")
+        shape = weights.transforms()
+        return PretrainedNetwork(
+            model, weights.meta["categories"], shape.resize_size[0], shape.crop_size[0], origin
+        )
 
     network = obtain(
         f"{arch} weights",
         file,
         read=read,
-        download=lambda root: torch.hub.download_url_to_file(weights.url, root / file, progress=False),
+        download=lambda root: torch.hub.download_url_to_file(weights.url, str(root / file), progress=False),
         url=weights.url,
-        stand_in=lambda: own_network(arch),
+        stand_in=(lambda: otherwise(arch)) if otherwise else None,
     )
     network.model.to(device, memory_format=torch.channels_last).eval()
     return network
@@ -103,7 +117,7 @@ def own_network(arch: str) -> PretrainedNetwork:
     accuracy = facts["top1"][str(facts["resolution"])]
     origin = Provenance(
         f"{arch} weights",
-        f"this project's, trained on {facts['data']}: top-1 {accuracy:.1%} at {facts['resolution']} px",
+        f"this project's own, trained on {facts['data']}; top-1 {accuracy:.1%} at {facts['resolution']} px",
     )
     size = facts["photo_size"]
     return PretrainedNetwork(model, facts["categories"], size, size, origin)

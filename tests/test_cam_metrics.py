@@ -14,6 +14,7 @@ from pdl_utils.cam_metrics import (
     pointing_game,
     randomization_check,
     rank_correlation,
+    receptive_field,
     share_interval,
 )
 
@@ -80,6 +81,17 @@ class PixelSum(nn.Module):
     def forward(self, x):
         left = x[..., :4].sum((1, 2, 3))
         return torch.stack([left, torch.zeros_like(left)], 1)
+
+
+def test_a_receptive_field_is_as_wide_as_the_kernels_reach():
+    model = nn.Sequential(nn.Conv2d(3, 2, 5, padding=2, bias=False), nn.Conv2d(2, 2, 3, padding=1, bias=False))
+    for layer in model:
+        nn.init.ones_(layer.weight)
+    images = torch.randn(2, 3, 21, 21)
+    assert receptive_field(model, images, "0", share=1 - 1e-6) == 5
+    assert receptive_field(model, images, "1", share=1 - 1e-6) == 7
+    assert receptive_field(model, images, "1", share=0.5) < 7
+    assert images.grad is None
 
 
 def test_insertion_and_deletion_follow_the_order_of_the_map():

@@ -95,7 +95,7 @@ def obtain(
         data = _read_or_fetch(name, place, read, download, url)
     except _Unavailable as error:
         data, reason = stand_in() if stand_in else None, f", because {error}"
-        if data is None or not data.provenance.real and flag("PDL_REQUIRE_REAL"):
+        if data is None or (not data.provenance.real and flag("PDL_REQUIRE_REAL")):
             unset = " or unset PDL_REQUIRE_REAL to accept the stand-in," if data else ""
             raise NoRealData(
                 f"{name}: no real data, because {error}. Connect to the network, with PDL_OFFLINE unset, "
