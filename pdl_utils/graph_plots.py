@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import networkx as nx
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
@@ -32,33 +30,30 @@ def draw_neighbourhood(
     groups: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> None:
-    """A node, everything with an edge to it, and the edges among these.
+    """A node in the middle, its neighbours in a circle around it, and in grey the edges among these.
 
     Args:
-        groups: int (N,); nodes of the centre's group are drawn in one colour, all others in another.
+        groups: int (N,); neighbours of the centre's own group come first in the circle, in a colour of
+            their own.
         weight: (E,) of the edges into the centre; their width is in proportion. Uniform without it.
     """
-    into = slice(int(graph.rowptr[centre]), int(graph.rowptr[centre + 1]))
-    around = [int(node) for node in graph.source[into] if int(node) != centre]
-    share = torch.ones(graph.num_nodes)
-    if weight is not None:
-        share[graph.source[into]] = (weight[into] / weight[into].max()).float().cpu()
-    kept = set(around)
-    among = nx.Graph((a, b) for a, b in graph.edge_index.t().tolist() if a in kept and b in kept and a != b)
-    among.add_nodes_from(around)
-    layout = nx.spring_layout(among, seed=0, k=2.5 / max(1, len(around)) ** 0.5)
-    layout[centre] = np.zeros(2)
-    nx.draw_networkx_edges(among, layout, ax=axis, edge_color="0.85", width=0.6)
-    for node in around:
-        ends = np.stack([layout[node], layout[centre]])
-        axis.plot(*ends.T, color="black", linewidth=0.3 + 3.2 * float(share[node]), alpha=0.75, zorder=2)
-    same = [groups is None or bool(groups[node] == groups[centre]) for node in around]
-    for mine, color, marker in ((True, COLORS[0], "o"), (False, COLORS[1], "s")):
-        places = np.array([layout[node] for node, is_mine in zip(around, same, strict=True) if is_mine == mine])
-        if len(places):
-            axis.scatter(*places.T, color=color, marker=marker, s=42, edgecolors="white", zorder=3)
-    axis.scatter(0, 0, color="black", marker="*", s=190, edgecolors="white", zorder=4)
-    axis.set_title(title)
+    into = range(int(graph.rowptr[centre]), int(graph.rowptr[centre + 1]))
+    width = {int(graph.source[edge]): 1.0 if weight is None else float(weight[edge]) for edge in into}
+    width.pop(centre, None)
+    same = {node: groups is None or bool(groups[node] == groups[centre]) for node in width}
+    ring = sorted(width, key=lambda node: not same[node])
+    angle = np.linspace(0, 2 * np.pi, len(ring), endpoint=False)
+    place = dict(zip(ring, np.stack([np.cos(angle), np.sin(angle)], axis=1), strict=True))
+    for a, b in graph.edge_index.t().tolist():
+        if a in place and b in place:
+            axis.plot(*np.stack([place[a], place[b]]).T, color="0.88", linewidth=0.7, zorder=1)
+    for node, spot in place.items():
+        thickness = 0.3 + 3.5 * width[node] / max(width.values())
+        axis.plot([0, spot[0]], [0, spot[1]], color="black", linewidth=thickness, alpha=0.75, zorder=2)
+        color, marker = (COLORS[0], "o") if same[node] else (COLORS[1], "s")
+        axis.scatter(*spot, color=color, marker=marker, s=48, edgecolors="white", zorder=3)
+    axis.scatter(0, 0, color="black", marker="*", s=210, edgecolors="white", zorder=4)
+    axis.set(title=title, aspect="equal")
     axis.set_axis_off()
 
 
@@ -107,7 +102,7 @@ def draw_architecture(axis: Axes, net: GraphNet, *, title: str) -> None:
                 axis.annotate("", end, start, arrowprops=bow)
         if 0 < index < len(boxes) - 1:
             axis.text(left + width + gap / 2, 0.34, "ELU", ha="center", fontsize=7)
-    axis.set(xlim=(-0.1, len(boxes) * (width + gap)), ylim=(-0.1, 0.95), title=title)
+    axis.set(xlim=(-0.1, len(boxes) * (width + gap) - gap + 0.1), ylim=(-0.1, 0.95), title=title)
     axis.set_axis_off()
 
 
