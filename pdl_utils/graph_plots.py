@@ -44,8 +44,8 @@ def draw_neighbourhood(
     ring = sorted(width, key=lambda node: not same[node])
     angle = np.linspace(0, 2 * np.pi, len(ring), endpoint=False)
     place = dict(zip(ring, np.stack([np.cos(angle), np.sin(angle)], axis=1), strict=True))
-    for a, b in graph.edge_index.t().tolist():
-        if a in place and b in place:
+    for a, b in {tuple(sorted(edge)) for edge in graph.edge_index.t().tolist()}:
+        if a in place and b in place and a != b:
             axis.plot(*np.stack([place[a], place[b]]).T, color="0.88", linewidth=0.7, zorder=1)
     for node, spot in place.items():
         thickness = 0.3 + 3.5 * width[node] / max(width.values())

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdl_utils import fast_attention
 from pdl_utils import graph as plain
@@ -146,6 +147,32 @@ def test_fast_path_refuses_second_derivatives():
     )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that an operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("layer", [GATConv, GATv2Conv])
+def test_fast_path_never_holds_a_message_for_every_edge(layer, monkeypatch):
+    monkeypatch.setattr(fast_attention, "TILE", 2**12)
+    graph = Graph.from_edges(random_edges(edges=3000, nodes=100), 100)
+    x, messages = torch.randn(100, CHANNELS), len(graph.source) * 4 * 16
+    largest = {}
+    for fast in (True, False):
+        with LargestTensor() as seen:
+            layer(CHANNELS, 16, heads=4, fast=fast)(x, graph).sum().backward()
+        largest[fast] = seen.numel
+    assert largest[False] == messages
+    assert largest[True] < messages / 10
 
 
 def test_half_precision_takes_the_plain_path():
