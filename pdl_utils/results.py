@@ -10,6 +10,7 @@ from io import BytesIO
 from typing import Any
 
 import matplotlib.pyplot as plt
+import PIL.Image
 import torch
 from IPython.display import Image
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ from pdl_utils.provenance import Provenance, device_name
 from pdl_utils.settings import REPOSITORY, Profile, pick_device, save_atomically
 
 FIGURES = REPOSITORY / "figures"
-DPI = 110
+DPI = 100
 
 
 def show_figure(figure: Figure, name: str, alt: str, profile: Profile) -> Image:
@@ -26,9 +27,13 @@ def show_figure(figure: Figure, name: str, alt: str, profile: Profile) -> Image:
 
     In the full profile it is written to `figures/{name}.png` too.
     """
-    png = BytesIO()
-    figure.savefig(png, format="png", dpi=DPI, bbox_inches="tight")
+    drawn, png = BytesIO(), BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight")
     plt.close(figure)
+    # 256 colours serve photographs and curves alike, and keep a notebook of them under 2 MB.
+    PIL.Image.open(drawn).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE).save(
+        png, "PNG", optimize=True
+    )
     if profile.name == "full":
         save_atomically(lambda partial: partial.write_bytes(png.getvalue()), FIGURES / f"{name}.png")
     return Image(png.getvalue(), format="png", alt=alt)

@@ -29,7 +29,7 @@ def execute(path: Path, cell_timeout: int) -> tuple[Notebook, str | None]:
             cell.outputs, cell.execution_count = [], None
     client = NotebookClient(
         notebook, timeout=cell_timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-        record_timing=False,
+        record_timing=False, extra_arguments=["--log-level=ERROR"],
     )  # fmt: skip
     try:
         client.execute()
