@@ -27,8 +27,10 @@ bench: $(VENV)/.ready-bench
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 figures: export PDL_PROFILE = full
+figures: export PDL_PROGRESS = 0
 figures: $(VENV)/.ready-test
 	$(BIN)/python -m pdl_utils.run_notebooks --in-place $(NOTEBOOKS)
+	$(BIN)/python -m pdl_utils.results
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

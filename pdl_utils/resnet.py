@@ -17,6 +17,7 @@ from pdl_utils.augment import normalize
 from pdl_utils.checkpoints import CHECKPOINTS, load_weights, sha256
 from pdl_utils.datasets.sources import DamagedFile, obtain
 from pdl_utils.provenance import Provenance
+from pdl_utils.settings import progress_wanted
 
 
 @dataclass
@@ -101,7 +102,9 @@ def torchvision_network(
         f"{arch} weights",
         file,
         read=read,
-        download=lambda root: torch.hub.download_url_to_file(weights.url, str(root / file), progress=False),
+        download=lambda root: torch.hub.download_url_to_file(
+            weights.url, str(root / file), progress=progress_wanted()
+        ),
         url=weights.url,
         stand_in=(lambda: otherwise(arch)) if otherwise else None,
     )

@@ -20,6 +20,7 @@ from pdl_utils.settings import REPOSITORY, Profile, pick_device, save_atomically
 
 FIGURES = REPOSITORY / "figures"
 DPI = 100
+MARKERS = ("<!-- results -->", "<!-- end of results -->")  # in README.md, around its table
 
 
 def show_figure(figure: Figure, name: str, alt: str, profile: Profile) -> Image:
@@ -69,8 +70,34 @@ def record(
     }
     if profile.name == "full":
         file = FIGURES / "results.json"
-        results = json.loads(file.read_text()) if file.exists() else {}
+        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         results.setdefault(notebook, {})[name] = entry
         text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         save_atomically(lambda partial: partial.write_text(text, encoding="utf-8"), file)
     return entry
+
+
+def readme_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The Markdown table of all results that README shows, notebook by notebook."""
+    lines = ["| notebook | what | this repository | n | unit | made from |", "|---|---|---|---|---|---|"]
+    for notebook, entries in sorted(results.items()):
+        for name, entry in sorted(entries.items()):
+            spread = f" ± {entry['std']:.3f}" if entry["n"] > 1 else ""
+            number = f"{entry['mean']:.3f}{spread}"
+            cells = (notebook, name, number, entry["n"], entry["unit"], entry["provenance"])
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def update_readme() -> None:
+    """Put the table of `figures/results.json` between README's two markers."""
+    readme = REPOSITORY / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(MARKERS[0])
+    _, _, after = rest.partition(MARKERS[1])
+    results = json.loads((FIGURES / "results.json").read_text(encoding="utf-8"))
+    text = f"{before}{MARKERS[0]}\n{readme_table(results)}\n{MARKERS[1]}{after}"
+    save_atomically(lambda partial: partial.write_text(text, encoding="utf-8"), readme)
+
+
+if __name__ == "__main__":  # `make figures` ends with it
+    update_readme()

@@ -81,6 +81,11 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
+def progress_wanted() -> bool:
+    """Show progress bars, unless `PDL_PROGRESS=0`?"""
+    return os.environ.get("PDL_PROGRESS", "1") != "0"
+
+
 def save_atomically(write: Callable[[Path], None], path: Path) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step, so that no
     reader and no later run ever meets half a file; a failed write leaves nothing behind."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pdl_utils.settings import save_atomically
+from pdl_utils.settings import progress_wanted, save_atomically
 
 
 class Batches(Protocol):
@@ -122,7 +121,7 @@ def fit(
         torch.set_rng_state(state["rng"].cpu())
         history, best, first = History(state["history"]), state["best"], len(state["history"])
     if progress is None:
-        progress = os.environ.get("PDL_PROGRESS", "1") != "0"
+        progress = progress_wanted()
     bar = tqdm(
         total=(examples or 1) * epochs, initial=(examples or 1) * first, desc=label,
         unit=unit if examples else "epoch", disable=not progress, mininterval=1, dynamic_ncols=True,

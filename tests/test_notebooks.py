@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from pdl_utils.results import readme_table
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MARKER = "NBVAL_CHECK_OUTPUT"
@@ -163,11 +165,10 @@ def test_the_runner_writes_copies_and_html_and_fails_when_a_cell_does(tmp_path):
     assert bad.read_bytes() == before  # a failed run replaces nothing
 
 
-def test_results_have_all_their_fields():
-    file = ROOT / "figures" / "results.json"
-    if not file.exists():
-        pytest.skip("no results have been rendered")
-    for notebook, entries in json.loads(file.read_text()).items():
+def test_results_are_complete_and_readme_shows_them():
+    results = json.loads((ROOT / "figures" / "results.json").read_text())
+    assert readme_table(results) in (ROOT / "README.md").read_text()
+    for notebook, entries in results.items():
         assert (ROOT / "notebooks" / f"{notebook}.ipynb").exists()
         for name, entry in entries.items():
             assert set(entry) == {"mean", "std", "n", "unit", "provenance", "run"}, name
