@@ -2,14 +2,14 @@
 
     python -m pdl_utils.pretrain --arch resnet18 --run runs/resnet18 --export data/checkpoints
     python -m pdl_utils.pretrain --arch resnet34 --run runs/resnet34 --export data/checkpoints \\
-        --grow-from runs/resnet18/last.pt --schedule 64x4,96x3,128x1 --lr 0.1
+        --grow-from runs/resnet18/last.pt --schedule 64x5,96x3,128x1 --lr 0.15
 
 Killed at any moment, the same command goes on from the last whole epoch to the same result. Started by
 `torchrun --nproc-per-node N -m pdl_utils.pretrain …`, every process takes its share of each batch.
 
 The recipe: SGD with Nesterov momentum, one cosine cycle, label smoothing, weight decay on kernels only,
 residual blocks that start as the identity, and images that grow during training. ResNet-34 starts as the
-function of a trained ResNet-18 (Net2Net) rather than from nothing.
+function of a ResNet-18 in training (Net2Net) rather than from nothing.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--run", type=Path, required=True, help="folder for the resumable state, outside the repository")
     add("--data", type=Path, help="the data root (default: PDL_DATA, or data/)")
     add("--export", type=Path, help="folder to write the finished weights to")
-    add("--grow-from", type=Path, help="start from the function of this finished ResNet-18 run (its last.pt)")
+    add("--grow-from", type=Path, help="start from the function of this ResNet-18 run (its last.pt)")
     add("--schedule", type=schedule, default="64x12,96x4,128x2", help="resolution x epochs, …")
+    add("--stop-after", type=int, help="stop after this many epochs of the schedule, to go on another time")
     add("--resolution", type=int, default=128, help="the side in pixels that the weights are shipped for")
     add("--photo-size", type=int, default=128, help="the side in pixels that suits large photographs best")
     add("--batch-size", type=int, default=128, help="of all processes together")
@@ -153,7 +154,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: T
         batches,
         lambda net, batch: F.cross_entropy(net(batch[0]), batch[1], label_smoothing=args.label_smoothing),
         optimizer,
-        epochs=epochs,
+        epochs=min(epochs, args.stop_after or epochs),
         scheduler=warmup_cosine(optimizer, epochs * len(batches), warmup=len(batches)),
         evaluate=lambda net: {"val_top1": top1(net, some, their_labels, args.resolution)},
         autocast=True,
@@ -170,7 +171,12 @@ def export(args: argparse.Namespace, model: nn.Module, val: TinyImageNet, histor
     images, labels = val.images.to(device), val.labels.to(device)
     accuracy = {r: round(top1(model, images, labels, r), 4) for r in sorted({*RESOLUTIONS, args.resolution})}
     print(f"{args.arch}: top-1 on {len(labels):,} validation images, by resolution: {accuracy}")
-    recipe = {key: value for key, value in vars(args).items() if key not in ("run", "data", "export", "grow_from")}
+    hidden = ("run", "data", "export", "grow_from", "stop_after")  # say where, not how
+    recipe = {key: value for key, value in vars(args).items() if key not in hidden}
+        key: value
+        for key, value in vars(args).items()
+        if key not in ("run", "data", "export", "grow_from", "stop_after")
+    }
     facts = {
         "arch": args.arch,
         "data": origin,
@@ -201,7 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     data, val = (tiny_imagenet(split, root=args.data) for split in ("train", "val"))
     model = build(args, len(data.wnids)).to(device, memory_format=torch.channels_last)
     history = train(args, model, data, val)
-    if args.export and (not dist.is_initialized() or dist.get_rank() == 0):
+    finished = len(history.rows) == len(args.schedule)
+    if args.export and finished and (not dist.is_initialized() or dist.get_rank() == 0):
         export(args, model, val, history, f"{data.provenance.name} ({data.provenance.source})")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -81,6 +81,8 @@ def test_it_learns_and_ships_weights_that_load_strictly(data_root, tmp_path, mon
 
 
 def test_stopped_after_an_epoch_it_resumes_to_the_same_weights(data_root, tmp_path, monkeypatch):
+    pretrain.main(arguments(data_root, tmp_path / "whole", "32x2", "--stop-after", "1"))
+    assert len(torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["history"]) == 1
     pretrain.main(arguments(data_root, tmp_path / "whole"))
     calls = []
 
