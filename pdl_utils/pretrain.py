@@ -173,10 +173,6 @@ def export(args: argparse.Namespace, model: nn.Module, val: TinyImageNet, histor
     print(f"{args.arch}: top-1 on {len(labels):,} validation images, by resolution: {accuracy}")
     hidden = ("run", "data", "export", "grow_from", "stop_after")  # say where, not how
     recipe = {key: value for key, value in vars(args).items() if key not in hidden}
-        key: value
-        for key, value in vars(args).items()
-        if key not in ("run", "data", "export", "grow_from", "stop_after")
-    }
     facts = {
         "arch": args.arch,
         "data": origin,
