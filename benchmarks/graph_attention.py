@@ -36,7 +36,7 @@ HEADS, CHANNELS = 4, 256
 LAYERS = {"GAT": (GATConv, pyg.GATConv), "GATv2": (GATv2Conv, pyg.GATv2Conv)}
 ALLOCATORS = {
     "default": {},
-    "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)},
+    "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**24)},
 }
 PAIRS = 3
 MEGABYTE = 2**20
@@ -79,29 +79,36 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def measure_time(name: str, in_channels: int, threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
+def measure_time(name: str, in_channels: int, thread_counts: list[int]) -> list[dict[str, Any]]:
+    """One row of numbers for each number of threads."""
     torch.manual_seed(0)
     nodes, edge_index = two_graphs()
     x = torch.randn(nodes, in_channels, requires_grad=True)
     ours, theirs = layer_pair(name, in_channels)
-    sorting = seconds(lambda: Graph.from_edges(edge_index, nodes).by_source)
     graph = Graph.from_edges(edge_index, nodes)
     expected = step(theirs, x, edge_index)  # the comparison also warms both up
     difference = float((step(ours, x, graph) - expected).abs().max() / expected.abs().max())
-    pairs = [
-        (seconds(lambda: step(theirs, x, edge_index)), seconds(lambda: step(ours, x, graph))) for _ in range(PAIRS)
-    ]
-    ratios = [mine / peer for peer, mine in pairs]
-    return {
-        "theirs_s": statistics.median(peer for peer, _ in pairs),
-        "ours_s": statistics.median(mine for _, mine in pairs),
-        "floor_s": min(seconds(lambda: matrix_products(ours, x)) for _ in range(PAIRS)),
-        "sorting_s": sorting,
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-        "difference": difference,
-    }
+    rows = []
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        pairs = [
+            (seconds(lambda: step(theirs, x, edge_index)), seconds(lambda: step(ours, x, graph)))
+            for _ in range(PAIRS)
+        ]
+        ratios = [mine / peer for peer, mine in pairs]
+        rows.append(
+            {
+                "threads": threads,
+                "theirs_s": statistics.median(peer for peer, _ in pairs),
+                "ours_s": statistics.median(mine for _, mine in pairs),
+                "floor_s": min(seconds(lambda: matrix_products(ours, x)) for _ in range(PAIRS)),
+                "sorting_s": seconds(lambda: Graph.from_edges(edge_index, nodes).by_source),
+                "ratio": statistics.median(ratios),
+                "ratio_range": [min(ratios), max(ratios)],
+                "difference": difference,
+            }
+        )
+    return rows
 
 
 def measure_memory(name: str, in_channels: int, side: str) -> dict[str, float]:
@@ -117,7 +124,7 @@ def measure_memory(name: str, in_channels: int, side: str) -> dict[str, float]:
     return {"peak_mb": (after - before) * RSS_UNIT / MEGABYTE}
 
 
-def in_fresh_process(allocator: str, what: str, *arguments: str | int) -> dict[str, Any]:
+def in_fresh_process(allocator: str, what: str, *arguments: Any) -> Any:
     """Run `measure_{what}(*arguments)` in a process of its own, whose C allocator and peak are its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | ALLOCATORS[allocator]
     command = [sys.executable, __file__, "--worker", json.dumps([what, *arguments])]
@@ -136,11 +143,10 @@ def compare(thread_counts: list[int]) -> list[dict[str, Any]]:
                 side: in_fresh_process("default", "memory", name, in_channels, side)["peak_mb"]
                 for side in ("theirs", "ours")
             }
-            for threads in thread_counts:
-                for allocator in ALLOCATORS:
+            for allocator in ALLOCATORS:
+                for measured in in_fresh_process(allocator, "time", name, in_channels, thread_counts):
                     row = {
-                        "layer": name, "in_channels": in_channels, "threads": threads, "allocator": allocator,
-                        **in_fresh_process(allocator, "time", name, in_channels, threads),
+                        "layer": name, "in_channels": in_channels, "allocator": allocator, **measured,
                         "theirs_peak_mb": peak["theirs"], "ours_peak_mb": peak["ours"],
                         "peak_ratio": peak["ours"] / peak["theirs"],
                     }  # fmt: skip

@@ -6,7 +6,8 @@
 
 Parameters carry the names and shapes of torch_geometric's layers of the same names: `load_state_dict` takes
 theirs, and outputs and gradients are the same. Every layer takes node features x (N, in_channels) and either
-a `Graph`, used as it is, or an edge_index (2, E), which is checked and sorted at every call.
+a `Graph`, used as it is, or an edge_index (2, E): then features and edges are checked, and the edges sorted,
+at every call. A `GraphNet` always checks its input for NaN, once for all of its layers.
 
 Shapes: N nodes, E edges, H heads, C channels a head.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,7 @@ def attention_vector(heads: int, channels: int) -> nn.Parameter:
 
 
 def glorot_linear(in_channels: int, out_channels: int, bias: bool) -> nn.Linear:
+    """A linear map with weights from Glorot's uniform distribution; its bias starts at zero."""
     linear = nn.Linear(in_channels, out_channels, bias=bias)
     nn.init.xavier_uniform_(linear.weight)
     if bias:
@@ -54,7 +57,7 @@ def glorot_linear(in_channels: int, out_channels: int, bias: bool) -> nn.Linear:
 
 
 class GraphConv(nn.Module):
-    """What the layers share: `combine` messages, then add the residual and the bias.
+    """What the layers share: the choice of kernels, the residual and the bias.
 
     Args:
         in_channels, out_channels: features a node, before and after (a head).
@@ -146,7 +149,7 @@ class AttentionConv(GraphConv):
 class GATConv(AttentionConv):
     """Attention as first published: e_ij = LeakyReLU(a_srcᵀ W x_j + a_dstᵀ W x_i) (Veličković et al., eq. 3)."""
 
-    def __init__(self, in_channels: int, out_channels: int, heads: int = 1, **options) -> None:
+    def __init__(self, in_channels: int, out_channels: int, heads: int = 1, **options: Any) -> None:
         super().__init__(in_channels, out_channels, heads, **options)
         self.lin = glorot_linear(in_channels, heads * out_channels, bias=False)
         self.att_src, self.att_dst = (attention_vector(heads, out_channels) for _ in range(2))
@@ -161,7 +164,7 @@ class GATConv(AttentionConv):
 class GATv2Conv(AttentionConv):
     """Dynamic attention: e_ij = aᵀ LeakyReLU(W_l x_j + W_r x_i) (Brody et al., eq. 7)."""
 
-    def __init__(self, in_channels: int, out_channels: int, heads: int = 1, **options) -> None:
+    def __init__(self, in_channels: int, out_channels: int, heads: int = 1, **options: Any) -> None:
         super().__init__(in_channels, out_channels, heads, **options)
         width, bias = heads * out_channels, self.bias is not None
         self.lin_l, self.lin_r = (glorot_linear(in_channels, width, bias) for _ in range(2))
@@ -176,7 +179,7 @@ class GATv2Conv(AttentionConv):
 class UniformConv(AttentionConv):
     """The control: as `GATConv`, with the attention held at 1 / (number of edges into the target)."""
 
-    def __init__(self, in_channels: int, out_channels: int, heads: int = 1, **options) -> None:
+    def __init__(self, in_channels: int, out_channels: int, heads: int = 1, **options: Any) -> None:
         super().__init__(in_channels, out_channels, heads, **options)
         self.lin = glorot_linear(in_channels, heads * out_channels, bias=False)
 
@@ -247,6 +250,7 @@ class GraphNet(nn.Module):
     ) -> Tensor | tuple[Tensor, Trace]:
         """Logits (N, num_labels); a label is predicted where its logit is positive. With `return_trace`
         also what the layers computed on the way."""
+        check_features(x, self.in_channels)
         graph = as_graph(x, edges, self.in_channels)
         trace = Trace([x])
         for index, layer in enumerate(self.layers):

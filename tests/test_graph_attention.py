@@ -281,6 +281,12 @@ def test_graph_of_another_size():
         GATConv(CHANNELS, 5)(torch.randn(4, CHANNELS), graph)
 
 
+def test_net_checks_features_where_the_graph_is_already_made():
+    graph = Graph.from_edges(torch.tensor([[0], [1]]), 3)
+    with pytest.raises(ValueError, match="features of node 0 hold NaN"):
+        GraphNet(CHANNELS, 4, hidden=5)(torch.full((3, CHANNELS), math.nan), graph)
+
+
 def test_net_names_its_choices():
     with pytest.raises(ValueError, match="'gta': choose one of gat, gatv2, uniform, gcn, mlp"):
         GraphNet(3, 2, "gta")
