@@ -8,31 +8,28 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+QUICKLY := PDL_PROFILE=fast PDL_OFFLINE=1 PDL_PROGRESS=0
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --timeout=900 -x -q
 
 .PHONY: notebooks test bench figures lint clean
 
 notebooks: $(VENV)/.ready-test
 	$(BIN)/python -m pdl_utils.run_notebooks --out build/notebooks $(NOTEBOOKS)
 
-test: export PDL_PROFILE = fast
-test: export PDL_OFFLINE = 1
-test: export PDL_PROGRESS = 0
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest tests
+	$(QUICKLY) $(BIN)/python -m pytest tests
 	@set -e; for notebook in $(NOTEBOOKS); do \
-	  $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --timeout=900 -x -q $$notebook; \
+	  $(QUICKLY) $(BIN)/python -m pytest $(NBVAL) $$notebook; \
 	done
 
 bench: $(VENV)/.ready-bench
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-figures: export PDL_PROFILE = full
-figures: export PDL_PROGRESS = 0
 figures: $(VENV)/.ready-test
-	$(BIN)/python -m pdl_utils.run_notebooks --in-place $(NOTEBOOKS)
+	PDL_PROFILE=full PDL_PROGRESS=0 $(BIN)/python -m pdl_utils.run_notebooks --in-place $(NOTEBOOKS)
 	$(BIN)/python -m pdl_utils.results
 
-lint: $(VENV)/.ready-dev
+lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
