@@ -35,7 +35,7 @@ def draw_neighbourhood(
     Args:
         groups: int (N,); neighbours of the centre's own group come first in the circle, in a colour of
             their own.
-        weight: (E,) of the edges into the centre; their width is in proportion. Uniform without it.
+        weight: (E,) of the edges into the centre; their width is in proportion; all thin without it.
     """
     into = range(int(graph.rowptr[centre]), int(graph.rowptr[centre + 1]))
     width = {int(graph.source[edge]): 1.0 if weight is None else float(weight[edge]) for edge in into}
@@ -48,7 +48,7 @@ def draw_neighbourhood(
         if a in place and b in place and a != b:
             axis.plot(*np.stack([place[a], place[b]]).T, color="0.88", linewidth=0.7, zorder=1)
     for node, spot in place.items():
-        thickness = 0.3 + 3.5 * width[node] / max(width.values())
+        thickness = 1.0 if weight is None else 0.3 + 3.5 * width[node] / max(width.values())
         axis.plot([0, spot[0]], [0, spot[1]], color="black", linewidth=thickness, alpha=0.75, zorder=2)
         color, marker = (COLORS[0], "o") if same[node] else (COLORS[1], "s")
         axis.scatter(*spot, color=color, marker=marker, s=48, edgecolors="white", zorder=3)
