@@ -35,7 +35,7 @@ from pdl_utils.resnet import grow_depth, zero_last_norm
 from pdl_utils.settings import pick_device, seed_everything
 from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
 
-RESOLUTIONS = (64, 96, 128)  # at which a finished network is evaluated
+RESOLUTIONS = (64, 128)  # at which a finished network is evaluated
 
 
 @dataclass(frozen=True)

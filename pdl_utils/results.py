@@ -10,7 +10,6 @@ from io import BytesIO
 from typing import Any
 
 import matplotlib.pyplot as plt
-import PIL.Image
 import torch
 from IPython.display import Image
 from matplotlib.figure import Figure
@@ -19,25 +18,24 @@ from pdl_utils.provenance import Provenance, device_name
 from pdl_utils.settings import REPOSITORY, Profile, pick_device, save_atomically
 
 FIGURES = REPOSITORY / "figures"
-DPI = 100
+DPI = 120
 MARKERS = ("<!-- results -->", "<!-- end of results -->")  # in README.md, around its table
 
 
-def show_figure(figure: Figure, name: str, alt: str, profile: Profile) -> Image:
-    """The figure as a PNG with a text for those who cannot see it; the last line of a cell.
+def show_figure(figure: Figure, name: str, alt: str, profile: Profile, *, photographs: bool = False) -> Image:
+    """The figure with a text for those who cannot see it; the last line of a cell.
 
-    In the full profile it is written to `figures/{name}.png` too.
+    PNG, or JPEG for figures made of photographs: ten of them as PNG would bring a notebook over what GitHub
+    shows. In the full profile it is written to `figures/` too, as `{name}.png` or `{name}.jpg`.
     """
-    drawn, png = BytesIO(), BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight")
+    kind, options = ("jpeg", {"pil_kwargs": {"quality": 88, "subsampling": 0}}) if photographs else ("png", {})
+    drawn = BytesIO()
+    figure.savefig(drawn, format=kind, dpi=DPI, bbox_inches="tight", **options)
     plt.close(figure)
-    # 256 colours serve photographs and curves alike, and keep a notebook of them under 2 MB.
-    PIL.Image.open(drawn).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE).save(
-        png, "PNG", optimize=True
-    )
     if profile.name == "full":
-        save_atomically(lambda partial: partial.write_bytes(png.getvalue()), FIGURES / f"{name}.png")
-    return Image(png.getvalue(), format="png", alt=alt)
+        file = FIGURES / f"{name}.{'jpg' if photographs else 'png'}"
+        save_atomically(lambda partial: partial.write_bytes(drawn.getvalue()), file)
+    return Image(drawn.getvalue(), format=kind, alt=alt)
 
 
 def record(
