@@ -2,7 +2,7 @@
 
     python -m pdl_utils.pretrain --arch resnet18 --run runs/resnet18 --export data/checkpoints
     python -m pdl_utils.pretrain --arch resnet34 --run runs/resnet34 --export data/checkpoints \\
-        --grow-from runs/resnet18/last.pt --schedule 64x5,96x3,128x1 --lr 0.15
+        --start-from runs/resnet18/last.pt --schedule 64x5,96x3,128x1 --lr 0.15
 
 Killed at any moment, the same command goes on from the last whole epoch to the same result. Started by
 `torchrun --nproc-per-node N -m pdl_utils.pretrain …`, every process takes its share of each batch.
@@ -28,7 +28,7 @@ import torchvision
 from torch import Tensor, nn
 
 from pdl_utils.augment import crop, crop_parameters, normalize, resize
-from pdl_utils.checkpoints import save_weights
+from pdl_utils.checkpoints import load_weights, save_weights
 from pdl_utils.datasets.tiny_imagenet import TinyImageNet, tiny_imagenet
 from pdl_utils.provenance import device_name
 from pdl_utils.resnet import grow_depth, zero_last_norm
@@ -108,7 +108,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--run", type=Path, required=True, help="folder for the resumable state, outside the repository")
     add("--data", type=Path, help="the data root (default: PDL_DATA, or data/)")
     add("--export", type=Path, help="folder to write the finished weights to")
-    add("--grow-from", type=Path, help="start from the function of this ResNet-18 run (its last.pt)")
+    add(
+        "--start-from",
+        type=Path,
+        help="weights to start from: a run's last.pt, or a file that ships; ResNet-18 ones grow",
+    )
     add("--schedule", type=schedule, default="64x12,96x4,128x2", help="resolution x epochs, …")
     add("--stop-after", type=int, help="stop after this many epochs of the schedule, to go on another time")
     add("--resolution", type=int, default=128, help="the side in pixels that the weights are shipped for")
@@ -126,10 +130,15 @@ def build(args: argparse.Namespace, classes: int) -> nn.Module:
     """The network at the start of training: random, or grown from a trained ResNet-18."""
     model = torchvision.models.get_model(args.arch, num_classes=classes)
     zero_last_norm(model)
-    if args.grow_from:
-        small = torchvision.models.resnet18(num_classes=classes)
-        small.load_state_dict(torch.load(args.grow_from, map_location="cpu", weights_only=True)["model"])
-        grow_depth(small, model)
+    if args.start_from:
+        if args.start_from.suffix == ".safetensors":
+            weights, _ = load_weights(args.start_from)
+        else:
+            weights = torch.load(args.start_from, map_location="cpu", weights_only=True)["model"]
+        small = model if "layer3.5.conv1.weight" in weights else torchvision.models.resnet18(num_classes=classes)
+        small.load_state_dict(weights)
+        if small is not model:
+            grow_depth(small, model)
     return model
 
 
@@ -171,12 +180,12 @@ def export(args: argparse.Namespace, model: nn.Module, val: TinyImageNet, histor
     images, labels = val.images.to(device), val.labels.to(device)
     accuracy = {r: round(top1(model, images, labels, r), 4) for r in sorted({*RESOLUTIONS, args.resolution})}
     print(f"{args.arch}: top-1 on {len(labels):,} validation images, by resolution: {accuracy}")
-    hidden = ("run", "data", "export", "grow_from", "stop_after")  # say where, not how
+    hidden = ("run", "data", "export", "start_from", "stop_after")  # say where, not how
     recipe = {key: value for key, value in vars(args).items() if key not in hidden}
     facts = {
         "arch": args.arch,
         "data": origin,
-        "recipe": {**recipe, "grown_from": "resnet18" if args.grow_from else None},
+        "recipe": {**recipe, "started_from": args.start_from.stem if args.start_from else None},
         "epochs": len(args.schedule),
         "seed": args.seed,
         "top1": accuracy,

@@ -96,6 +96,8 @@ def test_figures_are_small_pngs_with_a_text(tmp_path, monkeypatch):
     assert (tmp_path / "line.png").read_bytes() == image.data
     assert image.data.startswith(b"\x89PNG")
     assert image.alt == "a rising line"
+    photo = results.show_figure(plt.figure(), "photo", "a photograph", FAST, photographs=True)
+    assert photo.data.startswith(b"\xff\xd8")  # JPEG
     assert not plt.get_fignums()
     results.show_figure(plt.figure(), "other", "nothing", FAST)
     assert [p.name for p in tmp_path.iterdir()] == ["line.png"]

@@ -73,6 +73,13 @@ def test_it_learns_and_ships_weights_that_load_strictly(data_root, tmp_path, mon
     assert facts["recipe"]["schedule"] == [32, 32, 32, 48]
     assert facts["top1"]["32"] > 0.9
     assert "16 training images a class" in facts["data"]
+    shipped = str(out / "resnet18_tiny_imagenet.safetensors")
+    args = pretrain.parse(arguments(data_root, tmp_path / "more", "32x1", "--start-from", shipped))
+    x = torch.randn(2, 3, 32, 32)
+    for args.arch in ("resnet18", "resnet34"):  # goes on as it is, or grows
+        torch.testing.assert_close(
+            pretrain.build(args, 2).eval()(x), network.model.eval()(x), rtol=1e-3, atol=1e-3
+        )
     red = Image.new("RGB", (300, 200), (200, 40, 40))
     network.model.eval()
     crops = network.crop([red, red.rotate(90, expand=True)])
