@@ -120,7 +120,7 @@ def own_network(arch: str) -> PretrainedNetwork:
     accuracy = facts["top1"][str(facts["resolution"])]
     origin = Provenance(
         f"{arch} weights",
-        f"this project's own, trained on {facts['data']}; top-1 {accuracy:.1%} at {facts['resolution']} px",
+        f"this project's own, trained on {facts['data']}, top-1 {accuracy:.1%} at {facts['resolution']} px",
     )
     size = facts["photo_size"]
     return PretrainedNetwork(model, facts["categories"], size, size, origin)

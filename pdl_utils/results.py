@@ -18,7 +18,7 @@ from pdl_utils.provenance import Provenance, device_name
 from pdl_utils.settings import REPOSITORY, Profile, pick_device, save_atomically
 
 FIGURES = REPOSITORY / "figures"
-DPI = 120
+DPI = 100
 MARKERS = ("<!-- results -->", "<!-- end of results -->")  # in README.md, around its table
 
 
@@ -28,7 +28,7 @@ def show_figure(figure: Figure, name: str, alt: str, profile: Profile, *, photog
     PNG, or JPEG for figures made of photographs: ten of them as PNG would bring a notebook over what GitHub
     shows. In the full profile it is written to `figures/` too, as `{name}.png` or `{name}.jpg`.
     """
-    kind, options = ("jpeg", {"pil_kwargs": {"quality": 88, "subsampling": 0}}) if photographs else ("png", {})
+    kind, options = ("jpeg", {"pil_kwargs": {"quality": 85, "subsampling": 0}}) if photographs else ("png", {})
     drawn = BytesIO()
     figure.savefig(drawn, format=kind, dpi=DPI, bbox_inches="tight", **options)
     plt.close(figure)
@@ -76,15 +76,17 @@ def record(
 
 
 def readme_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The Markdown table of all results that README shows, notebook by notebook."""
-    lines = ["| notebook | what | this repository | n | unit | made from |", "|---|---|---|---|---|---|"]
+    """All results as README shows them: a Markdown table a notebook, and under it what it was made from."""
+    parts = []
     for notebook, entries in sorted(results.items()):
+        parts.append(f"\n**{notebook}**\n\n| what | this repository | unit |\n|---|---|---|")
         for name, entry in sorted(entries.items()):
-            spread = f" ± {entry['std']:.3f}" if entry["n"] > 1 else ""
-            number = f"{entry['mean']:.3f}{spread}"
-            cells = (notebook, name, number, entry["n"], entry["unit"], entry["provenance"])
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+            spread = f" ± {entry['std']:.3f} (n = {entry['n']})" if entry["n"] > 1 else ""
+            parts.append(f"| {name} | {entry['mean']:.3f}{spread} | {entry['unit']} |")
+        origins = {part for entry in entries.values() for part in entry["provenance"].split("; ") if part}
+        runs = {entry["run"] for entry in entries.values()}
+        parts.append(f"\n*Made from {' · '.join(sorted(origins))}. Run: {' · '.join(sorted(runs))}.*")
+    return "\n".join(parts)
 
 
 def update_readme() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 
 from pdl_utils.settings import get_profile, save_atomically
@@ -33,8 +32,8 @@ def execute(path: Path, cell_timeout: int) -> tuple[Notebook, str | None]:
     )  # fmt: skip
     try:
         client.execute()
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        return notebook, str(error)
+    except Exception as error:  # a failed cell, a time-out, a dead kernel: this notebook's failure, whatever it is
+        return notebook, str(error) or repr(error)
     notebook.metadata.pop("widgets", None)
     notebook.metadata.language_info = {"name": "python"}  # the kernel's version would change in every rendering
     return notebook, None

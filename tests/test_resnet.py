@@ -84,7 +84,7 @@ def test_offline_the_projects_own_weights_serve_and_count_as_real(official, monk
     network = pretrained_resnet("resnet18")
     assert network.categories == ["cat", "dog"]
     assert network.size == 96
-    assert "this project's own, trained on two photos; top-1 50.0% at 128 px" in capsys.readouterr().out
+    assert "this project's own, trained on two photos, top-1 50.0% at 128 px" in capsys.readouterr().out
     assert network.class_of("Dog") == 1
     assert network.class_of("crane") is None
     assert network.class_of(None) is None
