@@ -127,7 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace, classes: int) -> nn.Module:
-    """The network at the start of training: random, or grown from a trained ResNet-18."""
+    """The network at the start of training: random, or with the function of the weights to start from."""
     model = torchvision.models.get_model(args.arch, num_classes=classes)
     zero_last_norm(model)
     if args.start_from:
@@ -135,10 +135,10 @@ def build(args: argparse.Namespace, classes: int) -> nn.Module:
             weights, _ = load_weights(args.start_from)
         else:
             weights = torch.load(args.start_from, map_location="cpu", weights_only=True)["model"]
-        small = model if "layer3.5.conv1.weight" in weights else torchvision.models.resnet18(num_classes=classes)
-        small.load_state_dict(weights)
-        if small is not model:
-            grow_depth(small, model)
+        arch = "resnet34" if "layer3.5.conv1.weight" in weights else "resnet18"
+        start = torchvision.models.get_model(arch, num_classes=classes)
+        start.load_state_dict(weights)
+        grow_depth(start, model)  # of equal depth, a plain copy
     return model
 
 

@@ -24,7 +24,7 @@ from torchvision.datasets.utils import check_md5
 
 from pdl_utils.datasets.network import careful_downloads, network_problem
 from pdl_utils.provenance import Provenance
-from pdl_utils.settings import flag
+from pdl_utils.settings import REPOSITORY, flag
 
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds between two attempts
@@ -57,8 +57,8 @@ def data_root() -> Path:
     current folder is; else (a package copied into site-packages) a folder in the user's cache."""
     if named := os.environ.get("PDL_DATA", "").strip():
         return Path(named).expanduser().absolute()
-    checkout = Path(__file__).resolve().parents[2]
-    return checkout / "data" if (checkout / "pyproject.toml").exists() else Path.home() / ".cache" / "pdl-utils"
+    checked_out = (REPOSITORY / "pyproject.toml").exists()
+    return REPOSITORY / "data" if checked_out else Path.home() / ".cache" / "pdl-utils"
 
 
 def obtain(
