@@ -15,66 +15,43 @@ function of a ResNet-18 in training (Net2Net) rather than from nothing.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 from pdl_utils.augment import crop, crop_parameters, normalize, resize
 from pdl_utils.checkpoints import load_weights, save_weights
+from pdl_utils.data_parallel import ShuffledBatches, data_parallel, process_group, rank_and_world
 from pdl_utils.datasets.tiny_imagenet import TinyImageNet, tiny_imagenet
 from pdl_utils.provenance import device_name
 from pdl_utils.resnet import grow_depth, zero_last_norm
-from pdl_utils.settings import pick_device, seed_everything
+from pdl_utils.settings import seed_everything
 from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
 
 RESOLUTIONS = (64, 128)  # at which a finished network is evaluated
 
 
-@dataclass(frozen=True)
-class AugmentedBatches:
-    """Shuffled, cropped and mirrored batches; calling it gives those of another epoch.
-
-    The order and the crops follow from `seed` and `epoch` alone. Of every batch, process `rank` of
-    `world` gets every `world`-th image: together they see what one process would see.
+@dataclass(frozen=True, kw_only=True)
+class AugmentedBatches(ShuffledBatches):
+    """Shuffled, cropped and mirrored batches of standardised images with their labels.
 
     Attributes:
-        images, labels: uint8 (N, 3, H, W) and int64 (N,), on the training device.
-        resolutions: side in pixels of the crops, one an epoch.
+        labels: int64 (N,), on the training device.
         scale: smallest and largest share of an image in a crop.
     """
 
-    images: Tensor
     labels: Tensor
-    resolutions: list[int]
-    batch_size: int
     scale: tuple[float, float]
-    seed: int
-    rank: int = 0
-    world: int = 1
-    epoch: int = 0
 
-    def __call__(self, epoch: int) -> AugmentedBatches:
-        return replace(self, epoch=epoch)
-
-    def __len__(self) -> int:
-        return len(self.images) // self.batch_size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.images), generator=generator)
-        for rows in order[: len(self) * self.batch_size].split(self.batch_size):
-            theta = crop_parameters(self.batch_size, scale=self.scale, generator=generator)
-            mine = slice(self.rank, None, self.world)
-            crops = crop(self.images[rows[mine]], theta[mine], self.resolutions[self.epoch])
-            yield normalize(crops / 255), self.labels[rows[mine]]
+    def batch(self, rows: Tensor, mine: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        theta = crop_parameters(len(rows), scale=self.scale, generator=generator)
+        crops = crop(self.images[rows[mine]], theta[mine], self.resolutions[self.epoch])
+        return normalize(crops / 255), self.labels[rows[mine]]
 
 
 @torch.no_grad()
@@ -144,22 +121,18 @@ def build(args: argparse.Namespace, classes: int) -> nn.Module:
 
 def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: TinyImageNet) -> History:
     device = next(model.parameters()).device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     batches = AugmentedBatches(
-        data.images.to(device), data.labels.to(device), args.schedule, args.batch_size, tuple(args.scale),
-        args.seed, rank, world,
+        images=data.images.to(device), labels=data.labels.to(device), resolutions=args.schedule,
+        batch_size=args.batch_size, scale=tuple(args.scale), seed=args.seed, rank=rank, world=world,
     )  # fmt: skip
     optimizer = torch.optim.SGD(
         weight_decay_groups(model, args.weight_decay), lr=args.lr, momentum=0.9, nesterov=True
     )
     epochs = len(args.schedule)
     some, their_labels = val.images[::5].to(device), val.labels[::5].to(device)
-    network = model
-    if world > 1:  # statistics of batch norm are those of a process's own share, on a GPU of all shares
-        synced = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
-        network = nn.parallel.DistributedDataParallel(synced)
     return fit(
-        network,
+        data_parallel(model),
         batches,
         lambda net, batch: F.cross_entropy(net(batch[0]), batch[1], label_smoothing=args.label_smoothing),
         optimizer,
@@ -204,19 +177,13 @@ def export(args: argparse.Namespace, model: nn.Module, val: TinyImageNet, histor
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device = pick_device()
-    if "RANK" in os.environ:  # set by torchrun
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
-    seed_everything(args.seed)
-    data, val = (tiny_imagenet(split, root=args.data) for split in ("train", "val"))
-    model = build(args, len(data.wnids)).to(device, memory_format=torch.channels_last)
-    history = train(args, model, data, val)
-    finished = len(history.rows) == len(args.schedule)
-    if args.export and finished and (not dist.is_initialized() or dist.get_rank() == 0):
-        export(args, model, val, history, f"{data.provenance.name} ({data.provenance.source})")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with process_group() as device:
+        seed_everything(args.seed)
+        data, val = (tiny_imagenet(split, root=args.data) for split in ("train", "val"))
+        model = build(args, len(data.wnids)).to(device, memory_format=torch.channels_last)
+        history = train(args, model, data, val)
+        if args.export and len(history.rows) == len(args.schedule) and rank_and_world()[0] == 0:
+            export(args, model, val, history, f"{data.provenance.name} ({data.provenance.source})")
 
 
 if __name__ == "__main__":

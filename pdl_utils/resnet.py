@@ -3,6 +3,7 @@ weights come from."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import ResNet, get_model, get_model_weights
+from torchvision.models.resnet import BasicBlock
 
 from pdl_utils.augment import normalize
 from pdl_utils.checkpoints import CHECKPOINTS, load_weights, sha256
@@ -156,3 +158,42 @@ def zero_last_norm(model: ResNet, keep: set[str] = frozenset()) -> None:
                 if f"{name}.{last}.weight" not in keep:
                     nn.init.zeros_(getattr(module, last).weight)
                 break
+
+
+def cifar_resnet18(num_classes: int = 10, *, width: int = 64, stem_stride: int = 1) -> nn.Sequential:
+    """ResNet-18 for images of 32×32: torchvision's blocks behind a 3×3 stem without max-pooling, as in the
+    CIFAR networks of He et al. (sec. 4.2) and of SimCLR (appendix B.9).
+
+    Args:
+        num_classes: outputs of `fc`.
+        width: channels of the first stage; 64, 128, 256, 512 features in the four stages as published.
+        stem_stride: 1 as published; 2 costs a quarter, for where only a CPU is at hand.
+
+    Returns:
+        (N, 3, H, W) → (N, num_classes), with the layers' names of torchvision: `conv1` … `layer4`, `fc`.
+    """
+
+    def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        shortcut = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+        ) if stride > 1 else None  # fmt: skip
+        return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut), BasicBlock(outputs, outputs))
+
+    model = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(width),
+            relu=nn.ReLU(inplace=True),
+            layer1=stage(width, width, 1),
+            layer2=stage(width, 2 * width, 2),
+            layer3=stage(2 * width, 4 * width, 2),
+            layer4=stage(4 * width, 8 * width, 2),
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(8 * width, num_classes),
+        )
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model

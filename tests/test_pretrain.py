@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from pdl_utils import checkpoints, pretrain
-from pdl_utils.augment import crop, crop_parameters, normalize, random_resized_crop
+from pdl_utils.augment import Augmentation, crop, crop_parameters, normalize
 from pdl_utils.datasets import tiny_imagenet as module
 from pdl_utils.resnet import grow_depth, own_network, zero_last_norm
 from pdl_utils.training import fit
@@ -143,12 +143,12 @@ def test_zeroed_blocks_start_as_the_identity():
 def test_crops_stay_inside_and_keep_their_size():
     ramp = torch.arange(64.0).expand(5, 3, 64, 64)  # a pixel's value is its column
     generator = torch.Generator().manual_seed(0)
-    cropped = random_resized_crop(ramp, 32, scale=(0.2, 0.5), flip=False, generator=generator)
+    cropped = 255 * Augmentation(scale=(0.2, 0.5))(ramp, 32, generator)
     assert cropped.shape == (5, 3, 32, 32)
     width = cropped[:, 0, 0, -1] - cropped[:, 0, 0, 0]
     assert (width > 0).all()
     assert (cropped >= 0).all()
-    assert (cropped <= 63).all()
+    assert (cropped <= 63.001).all()
     mirrored = torch.tensor([[[-1.0, 0, 0], [0, 1, 0]]])
     torch.testing.assert_close(crop(ramp[:1], mirrored, 64), ramp[:1].flip(3))
     area = crop_parameters(1000, scale=(0.2, 0.5), ratio=(1, 1))[:, :, :2].abs().amax(2).prod(1)
@@ -178,7 +178,16 @@ def parallel_run(state_file):
     labels = torch.randint(0, 2, (24,))
     parallel = torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if parallel else (0, 1)
-    batches = pretrain.AugmentedBatches(images, labels, [16], 8, (0.3, 1.0), 5, rank, world)
+    batches = pretrain.AugmentedBatches(
+        images=images,
+        labels=labels,
+        resolutions=[16],
+        batch_size=8,
+        scale=(0.3, 1.0),
+        seed=5,
+        rank=rank,
+        world=world,
+    )
     network = nn.parallel.DistributedDataParallel(model) if parallel else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     fit(
