@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pdl_utils.augment import Augmentation, normalize
 from pdl_utils.settings import pick_device
 
 
@@ -81,3 +82,15 @@ class ShuffledBatches:
     def batch(self, rows: Tensor, mine: slice, generator: torch.Generator) -> Any:
         """The images `rows[mine]`, augmented with what is drawn for all `rows`."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledBatches(ShuffledBatches):
+    """Shuffled, augmented and standardised images with their labels, int64 (N,), on the training device."""
+
+    labels: Tensor
+    augment: Augmentation
+
+    def batch(self, rows: Tensor, mine: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        pixels = self.augment(self.images[rows], self.resolutions[self.epoch], generator)
+        return normalize(pixels[mine]), self.labels[rows[mine]]

@@ -16,53 +16,24 @@ from __future__ import annotations
 
 import argparse
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
-from pdl_utils.augment import crop, crop_parameters, normalize, resize
+from pdl_utils.augment import Augmentation
 from pdl_utils.checkpoints import load_weights, save_weights
-from pdl_utils.data_parallel import ShuffledBatches, data_parallel, process_group, rank_and_world
+from pdl_utils.data_parallel import LabelledBatches, data_parallel, process_group, rank_and_world
 from pdl_utils.datasets.tiny_imagenet import TinyImageNet, tiny_imagenet
+from pdl_utils.evaluation import top1
 from pdl_utils.provenance import device_name
 from pdl_utils.resnet import grow_depth, zero_last_norm
 from pdl_utils.settings import seed_everything
 from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
 
 RESOLUTIONS = (64, 128)  # at which a finished network is evaluated
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentedBatches(ShuffledBatches):
-    """Shuffled, cropped and mirrored batches of standardised images with their labels.
-
-    Attributes:
-        labels: int64 (N,), on the training device.
-        scale: smallest and largest share of an image in a crop.
-    """
-
-    labels: Tensor
-    scale: tuple[float, float]
-
-    def batch(self, rows: Tensor, mine: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        theta = crop_parameters(len(rows), scale=self.scale, generator=generator)
-        crops = crop(self.images[rows[mine]], theta[mine], self.resolutions[self.epoch])
-        return normalize(crops / 255), self.labels[rows[mine]]
-
-
-@torch.no_grad()
-def top1(model: nn.Module, images: Tensor, labels: Tensor, resolution: int, batch: int = 250) -> float:
-    """Share of images (N, 3, H, W) whose most probable class is their label, at `resolution` pixels."""
-    hits = 0
-    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
-        with torch.autocast(x.device.type, torch.bfloat16):
-            scores = model(normalize(resize(x, resolution) / 255))
-        hits += int((scores.argmax(1) == y).sum())
-    return hits / len(labels)
 
 
 def schedule(text: str) -> list[int]:
@@ -122,9 +93,10 @@ def build(args: argparse.Namespace, classes: int) -> nn.Module:
 def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: TinyImageNet) -> History:
     device = next(model.parameters()).device
     rank, world = rank_and_world()
-    batches = AugmentedBatches(
+    batches = LabelledBatches(
         images=data.images.to(device), labels=data.labels.to(device), resolutions=args.schedule,
-        batch_size=args.batch_size, scale=tuple(args.scale), seed=args.seed, rank=rank, world=world,
+        augment=Augmentation(flip=True, scale=tuple(args.scale)),
+        batch_size=args.batch_size, seed=args.seed, rank=rank, world=world,
     )  # fmt: skip
     optimizer = torch.optim.SGD(
         weight_decay_groups(model, args.weight_decay), lr=args.lr, momentum=0.9, nesterov=True

@@ -23,10 +23,11 @@ from torch import Tensor
 from pdl_utils.checkpoints import save_weights
 from pdl_utils.data_parallel import ShuffledBatches, data_parallel, process_group, rank_and_world
 from pdl_utils.datasets.small_images import LabelledImages, cifar10
+from pdl_utils.evaluation import knn_accuracy, outputs
 from pdl_utils.pretrain import schedule
 from pdl_utils.provenance import device_name
 from pdl_utils.settings import seed_everything
-from pdl_utils.simclr import FILE, SimCLR, cifar_encoder, extract_features, knn_accuracy, two_views
+from pdl_utils.simclr import FILE, SimCLR, cifar_encoder, two_views
 from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
 
 BANK = 10_000  # training images that kNN accuracy looks its neighbours up in, for …
@@ -48,7 +49,7 @@ def watch(images: Tensor, labels: Tensor, bank: int = BANK, queries: int = QUERI
     some, known = images[: bank + queries], labels[: bank + queries]
 
     def evaluate(model: SimCLR) -> dict[str, float]:
-        features = extract_features(model.encoder, some)
+        features = outputs(model.encoder, some)
         theirs = known.to(features.device)
         return {"knn": knn_accuracy(features[:bank], theirs[:bank], features[bank:], theirs[bank:])}
 

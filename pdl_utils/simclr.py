@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdl_utils.augment import Augmentation, normalize, resize
+from pdl_utils.augment import Augmentation, normalize
 from pdl_utils.checkpoints import CHECKPOINTS, load_weights
 from pdl_utils.provenance import Provenance
 from pdl_utils.resnet import cifar_resnet18
@@ -144,42 +144,3 @@ def pretrained_encoder() -> tuple[nn.Module, Provenance, dict[str, Any]]:
     network.to(memory_format=torch.channels_last).eval()
     source = f"this project's own, {facts['epochs']} epochs on {facts['data']}"
     return network, Provenance("SimCLR encoder", source), facts
-
-
-@torch.no_grad()
-def extract_features(encoder: nn.Module, images: Tensor, batch: int = 500, size: int | None = None) -> Tensor:
-    """Features of uint8 images (N, 3, H, W) from an encoder in eval mode, float32 (N, features).
-
-    Args:
-        size: resize the images to this side in pixels first.
-
-    Raises:
-        ValueError: the encoder is in train mode, where its features would depend on the rest of the batch.
-    """
-    if encoder.training:
-        raise ValueError("the encoder is in train mode: batch norm would use the batch; call encoder.eval()")
-    device = next(encoder.parameters()).device
-    parts = []
-    for some in images.split(batch):
-        x = some.to(device) if size is None else resize(some.to(device), size) / 255
-        with torch.autocast(device.type, torch.bfloat16):
-            parts.append(encoder(normalize(x)).float())
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.1
-) -> float:
-    """Share of queries whose class has the largest weight among the k most similar features of the bank,
-    weighted by exp(cosine / temperature) (Wu et al. 2018, arXiv:1805.01978, sec. 3.4).
-
-    Args:
-        bank, queries: features (N, D) and (M, D).
-        k: number of neighbours; all N where there are fewer.
-        bank_labels, labels: int64 (N,) and (M,).
-    """
-    similarity, nearest = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(min(k, len(bank)))
-    votes = similarity.new_zeros(len(queries), int(bank_labels.max()) + 1)
-    votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
-    return (votes.argmax(1) == labels).float().mean().item()

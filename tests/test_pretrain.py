@@ -12,6 +12,7 @@ from torch import nn
 
 from pdl_utils import checkpoints, pretrain
 from pdl_utils.augment import Augmentation, crop, crop_parameters, normalize
+from pdl_utils.data_parallel import LabelledBatches
 from pdl_utils.datasets import tiny_imagenet as module
 from pdl_utils.resnet import grow_depth, own_network, zero_last_norm
 from pdl_utils.training import fit
@@ -99,8 +100,8 @@ def test_stopped_after_an_epoch_it_resumes_to_the_same_weights(data_root, tmp_pa
             raise KeyboardInterrupt
         return original(self)
 
-    original = pretrain.AugmentedBatches.__iter__
-    monkeypatch.setattr(pretrain.AugmentedBatches, "__iter__", stop_in_the_second_epoch)
+    original = LabelledBatches.__iter__
+    monkeypatch.setattr(LabelledBatches, "__iter__", stop_in_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
         pretrain.main(arguments(data_root, tmp_path / "pieces"))
     pretrain.main(arguments(data_root, tmp_path / "pieces"))
@@ -178,16 +179,10 @@ def parallel_run(state_file):
     labels = torch.randint(0, 2, (24,))
     parallel = torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if parallel else (0, 1)
-    batches = pretrain.AugmentedBatches(
-        images=images,
-        labels=labels,
-        resolutions=[16],
-        batch_size=8,
-        scale=(0.3, 1.0),
-        seed=5,
-        rank=rank,
-        world=world,
-    )
+    batches = LabelledBatches(
+        images=images, labels=labels, resolutions=[16], batch_size=8, augment=Augmentation(scale=(0.3, 1)), seed=5,
+        rank=rank, world=world,
+    )  # fmt: skip
     network = nn.parallel.DistributedDataParallel(model) if parallel else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     fit(

@@ -15,8 +15,9 @@ from torch import nn
 from pdl_utils import augment, pretrain_simclr
 from pdl_utils.augment import Augmentation, color_jitter
 from pdl_utils.data_parallel import data_parallel, process_group, rank_and_world
+from pdl_utils.evaluation import knn_accuracy, outputs
 from pdl_utils.resnet import cifar_resnet18
-from pdl_utils.simclr import SimCLR, cifar_encoder, extract_features, knn_accuracy, nt_xent_loss, two_views
+from pdl_utils.simclr import SimCLR, cifar_encoder, nt_xent_loss, two_views
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
@@ -156,10 +157,10 @@ def test_features_are_those_of_the_eval_mode_and_the_encoder_is_left_alone():
     encoder, features = cifar_encoder(16, 2)
     images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
     with pytest.raises(ValueError, match="train mode"):
-        extract_features(encoder, images)
+        outputs(encoder, images)
     encoder.eval()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    whole, pieces = extract_features(encoder, images), extract_features(encoder, images, batch=2)
+    whole, pieces = outputs(encoder, images), outputs(encoder, images, batch=2)
     assert whole.shape == (7, features)
     assert whole.dtype == torch.float32
     torch.testing.assert_close(whole, pieces, rtol=0.05, atol=0.05)  # bfloat16
