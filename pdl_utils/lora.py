@@ -38,6 +38,9 @@ class LoRA(nn.Module):
         with torch.no_grad():
             init_a(self.A)
 
+    def extra_repr(self) -> str:
+        return f"{self.name!r}, rank={len(self.A)}, scale={self.scale:g}"
+
     def forward(self, weight: Tensor) -> Tensor:
         if not (self.active and self.enabled):
             return weight
@@ -137,7 +140,8 @@ def match(patterns: Patterns, modules: Mapping[str, nn.Module]) -> dict[str, nn.
 
 def loras(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module, LoRA]]:
     """(layer's name, layer, LoRA) of all adapters, or of one; a ValueError if there is none of this name."""
-    refuse_merged(model)
+    if any("unmerged" in vars(module) for module in model.modules()):
+        raise RuntimeError("the model is merged, for inference only; call unmerge_lora(model) first")
     every = [
         (layer, module, lora)
         for layer, module in model.named_modules()
@@ -152,8 +156,7 @@ def loras(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Modul
 
 
 def use_lora(model: nn.Module, name: str) -> None:
-    """Switch to the adapter of this name: it alone is applied, and it alone learns; a ValueError if there is
-    none."""
+    """Switch to an adapter: it alone is applied, and it alone learns. ValueError: there is none of the name."""
     loras(model, name)
     for *_, lora in loras(model):
         lora.active = lora.name == name
@@ -201,15 +204,10 @@ def unmerge_lora(model: nn.Module) -> None:
         module.parametrizations = parametrizations.to(weight.device, weight.dtype)  # the model may have moved
 
 
-def refuse_merged(model: nn.Module) -> None:
-    if any("unmerged" in vars(module) for module in model.modules()):
-        raise RuntimeError("the model is merged, for inference only; call unmerge_lora(model) first")
-
-
 def train_unmerged(model: nn.Module, mode: bool = True) -> nn.Module:
-    """`train` of a merged model."""
+    """`train` of a merged model, which its `eval` calls too."""
     if mode:
-        refuse_merged(model)
+        loras(model)  # raises
     return type(model).train(model, mode)
 
 

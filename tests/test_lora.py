@@ -136,7 +136,11 @@ def test_the_function_is_unchanged_at_first_and_the_base_for_good(network):
         with without_lora(model):
             pass
         assert torch.equal(model(x), plain)
-    assert not torch.allclose(model(x), plain)
+    changed = model(x)
+    with pytest.raises(ZeroDivisionError), without_lora(model):
+        _ = 1 / 0
+    assert torch.equal(model(x), changed)
+    assert not torch.allclose(changed, plain)
     for key, value in model.state_dict().items():
         if not key.endswith((".A", ".B")):
             assert torch.equal(value, before.pop(key.replace("parametrizations.weight.original", "weight")))
@@ -144,14 +148,6 @@ def test_the_function_is_unchanged_at_first_and_the_base_for_good(network):
     assert {k for k, p in model.named_parameters() if p.grad is not None} == {
         k for k, _ in model.named_parameters() if k.endswith((".A", ".B"))
     }
-
-
-def test_adapters_come_back_after_an_error():
-    model, x = trained(), torch.randn(3, 12)
-    out = model(x)
-    with pytest.raises(ZeroDivisionError), without_lora(model):
-        _ = 1 / 0
-    assert torch.equal(model(x), out)
 
 
 def test_the_base_has_no_weight_gradient_in_the_graph():
@@ -225,6 +221,7 @@ def test_merging_is_explicit_exact_and_undone_bit_for_bit():
         assert equal(network.state_dict(), before)
         assert torch.equal(network(x), out)
         network.train()
+    assert "'default', rank=2, scale=2" in str(model)
     merge_lora(again)
     assert torch.equal(model(x), out)  # nothing shared with its copy
 
@@ -234,9 +231,9 @@ def test_merged_it_refuses_what_would_go_wrong():
     with pytest.raises(RuntimeError, match="not merged"):
         unmerge_lora(model)
     merge_lora(model)
-    state = copy.deepcopy(model.state_dict())
+    state, copied = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
     refused = [
-        lambda: merge_lora(model), lambda: model.train(), lambda: use_lora(model, "default"),
+        lambda: merge_lora(model), lambda: use_lora(model, "default"), model.train, copied.train,
         lambda: without_lora(model).__enter__(), lambda: add_lora(model, 1, 1.0, name="b"),
         lambda: lora_state_dict(model), lambda: load_lora_state_dict(model, {}),
     ]  # fmt: skip
@@ -244,9 +241,11 @@ def test_merged_it_refuses_what_would_go_wrong():
         with pytest.raises(RuntimeError, match=r"call unmerge_lora\(model\) first"):
             call()
     assert equal(model.state_dict(), state)
-    model.eval()
+    assert not model.eval().training
     unmerge_lora(model)
     assert model.train().training
+    with pytest.raises(RuntimeError, match="merged"):
+        copied.train()
 
 
 def test_unmerging_follows_a_model_that_moved():
