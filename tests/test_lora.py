@@ -255,6 +255,7 @@ def test_unmerging_follows_a_model_that_moved():
     model.double()
     unmerge_lora(model)
     assert equal(model.state_dict(), before)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
 def test_two_adapters_take_turns():
@@ -288,7 +289,7 @@ def test_an_adapter_alone_is_enough_also_with_a_head_of_its_own(tmp_path):
     torch.manual_seed(0)
     base, x = head_net().eval(), torch.randn(5, 3, 8, 8)
     source, copied = copy.deepcopy(base), copy.deepcopy(base)
-    add_lora(source, 2, 4.0, train=("4", "1"))
+    add_lora(source, 2, 0.7, train=("4", "1"))
     assert list(adapters(source)) == ["0"]
     source.train()
     fit(source, x)
@@ -296,7 +297,7 @@ def test_an_adapter_alone_is_enough_also_with_a_head_of_its_own(tmp_path):
     state = torch.load(tmp_path / "adapter.pt", weights_only=True)
     batch_norm = {f"1.{key}" for key in base[1].state_dict()}
     assert state.keys() == {"0.lora_A", "0.lora_B", "0.lora_scale", "4.weight", "4.bias"} | batch_norm
-    add_lora(copied, 2, 4.0, name="mine", train=("4", "1"))
+    add_lora(copied, 2, 0.7, name="mine", train=("4", "1"))
     load_lora_state_dict(copied, {k: v.half() for k, v in state.items()}, "mine")  # as a small file
     torch.testing.assert_close(copied(x), source.eval()(x), rtol=2e-2, atol=2e-2)
     load_lora_state_dict(copied, state, "mine")
