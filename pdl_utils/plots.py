@@ -144,5 +144,5 @@ def comparison(
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
     axis.set(xlabel=xlabel, title=title)
-    if references:
-        axis.legend()
+    if references:  # above the axes, where no bar is
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
