@@ -10,6 +10,8 @@ import torchvision
 
 from pdl_utils.settings import Profile
 
+RUN_TABLE = "| run | with |"  # head of the table that `describe_run` makes
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -50,4 +52,4 @@ def describe_run(profile: Profile, device: torch.device, *origins: Provenance) -
                      f"torchvision {torchvision.__version__}"),
         *((origin.name, origin.source) for origin in origins),
     ]  # fmt: skip
-    return "\n".join(["| run | with |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+    return "\n".join([RUN_TABLE, "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])

@@ -15,6 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
+from pdl_utils.provenance import RUN_TABLE
 from pdl_utils.settings import get_profile, save_atomically
 
 Notebook = nbformat.NotebookNode
@@ -39,6 +40,15 @@ def execute(path: Path, cell_timeout: int) -> tuple[Notebook, str | None]:
     return notebook, None
 
 
+def enter_wall_time(notebook: Notebook, seconds: float) -> None:
+    """Add how long the run took to the table at the notebook's top, which could not know it yet."""
+    took = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        text = output.get("data", {}).get("text/markdown", "")
+        if text.startswith(RUN_TABLE):
+            output.data["text/markdown"] = f"{text}\n| wall time | {took} |"
+
+
 def write(notebook: Notebook, path: Path) -> None:
     save_atomically(lambda partial: partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8"), path)
 
@@ -58,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"[{number}/{len(args.notebooks)}] {path.name} … ", end="", flush=True)
         started = time.perf_counter()
         notebook, problem = execute(path, args.cell_timeout)
-        print(f"{'failed' if problem else 'ok'} in {time.perf_counter() - started:.0f} s", flush=True)
+        seconds = time.perf_counter() - started
+        enter_wall_time(notebook, seconds)
+        print(f"{'failed' if problem else 'ok'} in {seconds:.0f} s", flush=True)
         if problem:
             failed.append(path.name)
             print(problem, file=sys.stderr)

@@ -153,13 +153,15 @@ def test_the_runner_writes_copies_and_html_and_fails_when_a_cell_does(tmp_path):
     from pdl_utils.run_notebooks import main
 
     good, bad = tmp_path / "good.ipynb", tmp_path / "bad.ipynb"
-    nbformat.write(tiny_notebook("print(6 * 7)", run=False), good)
+    table = "from IPython.display import Markdown\nMarkdown('| run | with |\\n|---|---|')"
+    nbformat.write(tiny_notebook("print(6 * 7)", table, run=False), good)
     nbformat.write(tiny_notebook("1 / 0", run=False), bad)
     dead = tmp_path / "dead.ipynb"
     nbformat.write(tiny_notebook("import os\nos._exit(1)", run=False), dead)
     assert main(["--out", str(tmp_path / "out"), str(good)]) == 0
     executed = nbformat.read(tmp_path / "out" / "good.ipynb", as_version=4)
     assert executed.cells[0].outputs[0].text == "42\n"
+    assert re.search(r"\| wall time \| \d+ seconds \|$", executed.cells[1].outputs[0].data["text/markdown"])
     assert "42" in (tmp_path / "out" / "good.html").read_text()
     assert main(["--out", str(tmp_path / "out"), str(dead), str(bad), str(good)]) == 1
     before = bad.read_bytes()
