@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -164,18 +166,23 @@ def test_processed_copy_is_not_trusted(how, serve, capsys):
     assert serve.requests == 0
 
 
-def test_data_root_that_can_only_be_read(serve, monkeypatch):
+@pytest.mark.parametrize("why", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_data_root_that_cannot_be_written_to(why, serve, monkeypatch, capsys):
     raw = write_raw()
     really_make = Path.mkdir
 
     def refuse(path: str, *args, **kwargs) -> None:
         if str(path).startswith(str(raw.parent)):
-            raise PermissionError(13, "read-only", str(path))
+            raise OSError(why, os.strerror(why), str(path))
         really_make(Path(path), parents=True, exist_ok=True)
 
     monkeypatch.setattr("os.makedirs", refuse)
     check(ppi())
     assert not (raw.parent / "processed").exists()
+    path = raw / "valid_graph.json"
+    path.write_bytes(path.read_bytes().replace(b'"links": [{"source"', b'"links": [{source', 1))
+    check(ppi())
+    assert f"{path} is truncated or corrupt" in capsys.readouterr().out
 
 
 def test_offline_means_a_stand_in_that_says_so(monkeypatch, capsys):

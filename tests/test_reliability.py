@@ -350,6 +350,18 @@ def test_a_pickle_as_an_array_of_ppi_is_not_run(name, bomb, fresh_data, monkeypa
     assert f"{file} is truncated or corrupt" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("name", ["pre_transform", "pre_filter", "train", "val", "test"])
+def test_a_pickle_among_the_processed_files_of_ppi_is_not_run(name, zipped, bomb, fresh_data, monkeypatch):
+    processed = test_ppi.write_raw().parent / "processed"
+    monkeypatch.setenv("PDL_OFFLINE", "1")
+    ppi()
+    torch.save(bomb, processed / f"{name}.pt", _use_new_zipfile_serialization=zipped)
+    test_ppi.check(ppi())
+    for path in processed.iterdir():
+        torch.load(path, weights_only=True)  # made again
+
+
 def hostile_tar(kind: bytes, target: str) -> bytes:
     """A link named `way` that leads outside, and a file that goes through it or over it."""
     buffer = io.BytesIO()

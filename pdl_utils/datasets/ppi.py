@@ -69,6 +69,8 @@ def _read(folder: Path) -> TissueGraphs:
     graphs = None
     if (folder / "processed").exists():
         with contextlib.suppress(Exception):  # an unpickler raises all kinds of things for half a file
+            for path in (folder / "processed").glob("*.pt"):
+                torch.load(path, weights_only=True)  # torch_geometric would run the code in a hostile one
             graphs = _load(folder)
         if graphs is None or not _agree(graphs, raw):
             print(f"PPI: {folder / 'processed'} does not match the raw files and is made again")
@@ -115,11 +117,12 @@ def _load(folder: Path, *, anew: bool = False) -> dict[str, list[Data]]:
 
 def _process(folder: Path) -> dict[str, list[Data]]:
     try:
-        return _load(folder, anew=True)
-    except PermissionError:  # a data root that can only be read: keep the processed copy elsewhere
-        with tempfile.TemporaryDirectory() as elsewhere:
-            (Path(elsewhere) / "raw").symlink_to(folder.absolute() / "raw")
-            return _load(Path(elsewhere))
+        try:
+            return _load(folder, anew=True)
+        except OSError:  # a data root that can only be read, or is full: keep the processed copy elsewhere
+            with tempfile.TemporaryDirectory() as elsewhere:
+                (Path(elsewhere) / "raw").symlink_to(folder.absolute() / "raw")
+                return _load(Path(elsewhere))
     except Exception:
         for part in PARTS.values():  # torch_geometric does not say which file was wrong
             _check_json(folder / "raw" / f"{part}_graph.json")
