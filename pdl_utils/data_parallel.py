@@ -57,6 +57,9 @@ class ShuffledBatches:
         images: uint8 (N, C, H, W), on the training device.
         resolutions: side in pixels that images are augmented to, one an epoch.
         batch_size: of all processes together.
+
+    Raises:
+        ValueError: there are fewer images than one batch needs.
     """
 
     images: Tensor
@@ -66,6 +69,10 @@ class ShuffledBatches:
     rank: int = 0
     world: int = 1
     epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self) < 1:
+            raise ValueError(f"{len(self.images)} images make no batch of {self.batch_size}; lower the batch size")
 
     def __call__(self, epoch: int) -> ShuffledBatches:
         return replace(self, epoch=epoch)

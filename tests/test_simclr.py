@@ -241,6 +241,14 @@ def test_two_processes_have_the_loss_the_gradients_and_the_training_of_one(tmp_p
         torch.testing.assert_close(two["model"][name], weight, rtol=1e-4, atol=1e-5)
 
 
+def test_batches_leave_out_the_incomplete_one_and_refuse_to_be_none():
+    images, labels = images_and_labels(20)
+    batches = pretrain_simclr.ViewBatches(images=images, resolutions=[16], batch_size=8, seed=0)
+    assert [len(first) for first, _ in batches(0)] == [8, 8]
+    with pytest.raises(ValueError, match="20 images make no batch of 32; lower the batch size"):
+        pretrain_simclr.pretrain(simclr_of_width_16(), images, labels, [16], batch_size=32, progress=False)
+
+
 def simclr_of_width_16():
     torch.manual_seed(0)
     return SimCLR(*cifar_encoder(16, 2), temperature=0.2)
