@@ -28,6 +28,14 @@ class NonFiniteLoss(FloatingPointError):
     """The loss became NaN or infinite; the model is left as it was before that step."""
 
 
+class NonFiniteWeights(FloatingPointError):
+    """Weights became NaN or infinite; the last state that was saved is from before."""
+
+
+class UnusableState(RuntimeError):
+    """A file to resume from is damaged or the state of something else; the file is left as it is."""
+
+
 @dataclass
 class History:
     """What `fit` saw, one row an epoch: `epoch`, `loss` (mean over batches), `seconds`, and
@@ -39,8 +47,8 @@ class History:
         return [row[name] for row in self.rows if name in row]
 
     def best(self, name: str) -> dict[str, float]:
-        """The row in which `name` is largest; the first of equals."""
-        return max((row for row in self.rows if name in row), key=lambda row: row[name])
+        """The row in which `name` is largest, of those in which it is finite; the first of equals."""
+        return max((row for row in self.rows if math.isfinite(row.get(name, math.nan))), key=lambda row: row[name])
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -63,6 +71,31 @@ def warmup_cosine(
         return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _resume(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> tuple[History, dict[str, Any] | None]:
+    """Put everything back to where `checkpoint` was saved; the history and the best epoch until then."""
+    with checkpoint.open("rb") as file:  # one that may not be read is not damaged
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # an unpickler raises all kinds of things for half a file
+            problem = f"{checkpoint} is damaged ({type(error).__name__}); delete it to start over"
+            raise UnusableState(problem) from error
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"])
+        return History(state["history"]), state["best"]
+    except Exception as error:
+        problem = f"{checkpoint} is not the state of this model, optimizer and scheduler; delete it to start over"
+        raise UnusableState(problem) from error
 
 
 def fit(
@@ -95,7 +128,8 @@ def fit(
             A model in DistributedDataParallel is trained by all its processes; the first one saves.
         evaluate: called in eval mode and without gradients after every epoch; its numbers join the history.
         keep_best: the name of a number from `evaluate`; the weights of the epoch in which it was
-            largest are restored at the end (early stopping without stopping).
+            largest are restored at the end (early stopping without stopping), the last ones if it was
+            never finite.
         clip_norm: largest Euclidean norm of the joint gradient.
         autocast: compute in bfloat16 where that is safe (`torch.autocast`).
         checkpoint: file to save to after every epoch and, if it exists, to go on from.
@@ -104,6 +138,9 @@ def fit(
 
     Raises:
         NonFiniteLoss: at the first batch whose loss is NaN or infinite, before its step is taken.
+        NonFiniteWeights: a step with a finite loss made weights NaN or infinite; at the end of the epoch,
+            before they are evaluated and saved.
+        UnusableState: `checkpoint` is damaged, or the state of another model, optimizer or scheduler.
 
     Returns:
         One row an epoch.
@@ -111,15 +148,10 @@ def fit(
     device = next(model.parameters()).device
     bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     first_process = not dist.is_initialized() or dist.get_rank() == 0
-    history, best, first = History(), None, 0
+    history, best = History(), None
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        bare.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"].cpu())
-        history, best, first = History(state["history"]), state["best"], len(state["history"])
+        history, best = _resume(checkpoint, bare, optimizer, scheduler)
+    first = len(history.rows)
     if progress is None:
         progress = progress_wanted()
     bar = tqdm(
@@ -149,6 +181,12 @@ def fit(
             total, count = total + value, count + 1
             if examples:
                 bar.update(examples * count // len(todo) - examples * (count - 1) // len(todo))
+        # A gradient of NaN shows in the next batch's loss, but for the last batch's: once an epoch is enough.
+        if not nn.utils.get_total_norm([p.detach() for p in model.parameters() if p.requires_grad]).isfinite():
+            raise NonFiniteWeights(
+                f"{label}: weights are NaN or infinite after epoch {epoch + 1}, though its losses are not; "
+                "look for a gradient of NaN, as of the root of 0, or lower the learning rate"
+            )
         model.eval()
         row = {"epoch": epoch + 1, "loss": total / max(1, count), "seconds": time.perf_counter() - started}
         if evaluate is not None:
@@ -157,7 +195,7 @@ def fit(
         history.rows.append(row)
         bar.update(0 if examples else 1)
         bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k not in ("epoch", "seconds")})
-        if keep_best is not None and (best is None or row[keep_best] > best["value"]):
+        if keep_best is not None and (best["value"] if best else -math.inf) < row[keep_best] < math.inf:
             weights = {k: v.detach().clone() for k, v in bare.state_dict().items()}
             best = {"value": row[keep_best], "weights": weights}
         if checkpoint is not None and first_process:

@@ -1,6 +1,7 @@
 """The loop: it learns, resumes to the same numbers after a kill, and stops at nonsense."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -13,7 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from pdl_utils.settings import save_atomically
-from pdl_utils.training import History, NonFiniteLoss, fit, warmup_cosine, weight_decay_groups
+from pdl_utils.training import (
+    History,
+    NonFiniteLoss,
+    NonFiniteWeights,
+    UnusableState,
+    fit,
+    warmup_cosine,
+    weight_decay_groups,
+)  # fmt: skip
 
 
 def problem(seed: int = 0):
@@ -54,6 +63,25 @@ def test_it_learns_and_says_how():
     assert history.best("accuracy")["accuracy"] == max(history["accuracy"])
 
 
+def test_it_trains_in_train_mode_and_evaluates_in_eval_mode_without_gradients():
+    model, batches, loss, _ = problem()
+    seen = []
+
+    def watching(net, batch):
+        seen.append(("train", net[2].training, torch.is_grad_enabled()))
+        return loss(net, batch)
+
+    def evaluate(net):
+        seen.append(("evaluate", net[2].training, torch.is_grad_enabled()))
+        return {}
+
+    fit(
+        model, batches, watching, torch.optim.SGD(model.parameters(), lr=0.1), epochs=2, evaluate=evaluate,
+        progress=False,
+    )  # fmt: skip
+    assert seen == 2 * [*3 * [("train", True, True)], ("evaluate", False, False)]
+
+
 def test_interrupted_and_resumed_equals_unbroken(tmp_path):
     unbroken, long = train(10)
     train(4, tmp_path / "state.pt")
@@ -86,6 +114,27 @@ def test_keep_best_restores_the_best_epoch_even_after_resuming(tmp_path):
     assert torch.equal(run(4)[0].weight, weights[1])
 
 
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [([math.nan, 0.1, 0.9, math.inf, 0.5], 2), ([0.2, math.nan, 0.1], 0), ([math.nan, math.nan], -1)],
+)
+def test_a_score_that_is_not_finite_is_no_best(scores, kept):
+    model, batches, loss, _ = problem()
+    weights, left = [], iter(scores)
+
+    def evaluate(net):
+        weights.append(net[0].weight.detach().clone())
+        return {"score": next(left)}
+
+    history = fit(
+        model, batches, loss, torch.optim.SGD(model.parameters(), lr=0.1), epochs=len(scores),
+        evaluate=evaluate, keep_best="score", progress=False,
+    )  # fmt: skip
+    assert torch.equal(model[0].weight, weights[kept])
+    if kept >= 0:
+        assert history.best("score")["epoch"] == kept + 1
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step():
     model, batches, _, _ = problem()
     before = [p.clone() for p in model.parameters()]
@@ -96,6 +145,54 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
             label="demo", progress=False,
         )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("batch", "error"), [(5, NonFiniteWeights), (4, NonFiniteLoss)])
+def test_weights_that_are_not_finite_are_not_saved(batch, error, tmp_path):
+    """The loss is finite, its gradient is not: in the second epoch's last batch, or before it."""
+    model, batches, loss, _ = problem()
+    count = iter(range(9))
+
+    def breaks(net, data):
+        root = (net[0].weight.sum() * 0).sqrt()  # 0, with a gradient of 0 · ∞
+        return loss(net, data) + (root if next(count) == batch else 0)
+
+    with pytest.raises(error, match=r"demo: .* epoch 2"):
+        fit(
+            model, batches, breaks, torch.optim.SGD(model.parameters(), lr=0.1), epochs=3,
+            evaluate=lambda net: pytest.fail("evaluated") if net[0].weight.isnan().any() else {},
+            checkpoint=tmp_path / "state.pt", label="demo", progress=False,
+        )  # fmt: skip
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert len(state["history"]) == 1
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+OTHERS = {
+    "another model": lambda state: {**state, "model": {"weight": torch.zeros(2)}},
+    "another optimizer": lambda state: {**state, "optimizer": {"state": {}, "param_groups": []}},
+    "no scheduler": lambda state: {**state, "scheduler": None},
+    "weights alone": lambda state: state["model"],
+    "a tensor": lambda state: torch.zeros(3),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_state_of_something_else_is_named_and_kept(other, tmp_path):
+    file = tmp_path / "state.pt"
+    train(1, file)
+    torch.save(OTHERS[other](torch.load(file, weights_only=True)), file)
+    before = file.read_bytes()
+    with pytest.raises(
+        UnusableState, match=r"state\.pt is not the state of this model.*; delete it to start over"
+    ):
+        train(2, file)
+    assert file.read_bytes() == before
+
+
+def test_a_state_that_cannot_be_opened_is_not_called_damaged(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        train(2, tmp_path)
 
 
 def test_gradients_are_clipped():
