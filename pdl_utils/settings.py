@@ -88,12 +88,21 @@ def progress_wanted() -> bool:
 
 def save_atomically(write: Callable[[Path], None], path: Path) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step, so that no
-    reader and no later run ever meets half a file; a failed write leaves nothing behind."""
+    reader and no later run ever meets half a file, not even after a power cut; a failed write leaves
+    nothing behind.
+
+    Raises:
+        OSError: there is no space, or `path` may not be written; also in place of a RuntimeError of `write`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # or the new name may reach the disk before the content
         partial.chmod(0o644)  # some writers make files that only their owner may read
         partial.replace(path)
+    except RuntimeError as error:  # torch's, which names neither the file nor the cause
+        raise OSError(f"{path} cannot be written; is the disk full? ({error})") from error
     finally:
         partial.unlink(missing_ok=True)

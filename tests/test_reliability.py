@@ -198,6 +198,11 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half(save, share, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == set(before)
 
 
+def test_a_state_that_does_not_fit_on_the_disk_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"state\.pt cannot be written; is the disk full"), files_no_longer_than(100):
+        save_state(tmp_path, 1)  # torch itself names neither
+
+
 # Nonsense in training
 
 
@@ -414,6 +419,7 @@ def in_child(work: Callable[[], object]) -> tuple[multiprocessing.Process, Calla
     receive, send = FORK.Pipe(duplex=False)
 
     def run() -> None:
+        torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork, which would wait for them forever
         printed = io.StringIO()
         with redirect_stdout(printed):
             try:
