@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,15 +35,23 @@ def sha256(path: Path) -> str:
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write floating-point weights as float16 (others as they are) and `metadata` as JSON values, and
-    enter the file in its folder's SHA256SUMS (the format of `sha256sum`)."""
+    enter the file in its folder's SHA256SUMS (the format of `sha256sum`). Both files are written before
+    either is put in place; killed between those two steps, `load_weights` says that they do not match."""
     half = {
         name: (w.half() if w.is_floating_point() else w).detach().cpu().contiguous() for name, w in weights.items()
     }
     text = {key: json.dumps(value) for key, value in metadata.items()}
-    save_atomically(lambda partial: save_file(half, partial, text), path)
-    digests = {**read_digests(path.parent), path.name: sha256(path)}
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-    save_atomically(lambda partial: partial.write_text(lines), path.parent / DIGESTS)
+
+    def write(file: Path, sums: Path) -> None:
+        save_file(half, file, text)
+        digests = {**read_digests(path.parent), path.name: sha256(file)}
+        sums.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / f".{DIGESTS}.lock"):  # two processes may save at once
+        save_atomically(
+            lambda sums: save_atomically(lambda partial: write(partial, sums), path), path.parent / DIGESTS
+        )
 
 
 def read_digests(folder: Path) -> dict[str, str]:

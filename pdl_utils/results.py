@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from filelock import FileLock
 from IPython.display import Image
 from matplotlib.figure import Figure
 
@@ -68,10 +69,12 @@ def record(
     }
     if profile.name == "full":
         file = FIGURES / "results.json"
-        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        results.setdefault(notebook, {})[name] = entry
-        text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        save_atomically(lambda partial: partial.write_text(text, encoding="utf-8"), file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(FIGURES / ".results.json.lock"):  # two notebooks may record at once
+            results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            results.setdefault(notebook, {})[name] = entry
+            text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+            save_atomically(lambda partial: partial.write_text(text, encoding="utf-8"), file)
     return entry
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_what_is_saved_comes_back(saved):
     assert loaded["w"].dtype == torch.float32
     assert torch.equal(loaded["w"], weights["w"].half().float())
     assert torch.equal(loaded["steps"], weights["steps"])
-    assert sorted(p.name for p in file.parent.iterdir()) == [DIGESTS, "net.safetensors"]
+    assert {p.name for p in file.parent.iterdir()} == {DIGESTS, f".{DIGESTS}.lock", "net.safetensors"}
 
 
 def test_digests_of_other_files_are_kept(saved):
@@ -32,6 +33,38 @@ def test_digests_of_other_files_are_kept(saved):
     save_weights(file.with_name("other.safetensors"), weights, {})
     lines = (file.parent / DIGESTS).read_text().splitlines()
     assert lines == [f"{sha256(file.with_name(n))}  {n}" for n in ("net.safetensors", "other.safetensors")]
+
+
+def test_a_fault_while_writing_either_file_changes_neither(saved, monkeypatch):
+    file, _ = saved
+    before = {p.name: p.read_bytes() for p in file.parent.iterdir()}
+
+    def fails(path, text):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fails)  # of the digests, after the weights are written
+    with pytest.raises(OSError, match="no space"):
+        save_weights(file, {"w": torch.zeros(3)}, {})
+    assert {p.name: p.read_bytes() for p in file.parent.iterdir()} == before
+
+
+def test_a_fault_between_the_two_files_is_named_and_mended(saved, monkeypatch):
+    file, weights = saved
+    replace = Path.replace
+
+    def fails_for_digests(path, target):
+        if target.name == DIGESTS:
+            raise OSError("killed")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fails_for_digests)
+    with pytest.raises(OSError, match="killed"):
+        save_weights(file, {"w": torch.zeros(3)}, {})
+    monkeypatch.undo()
+    with pytest.raises(CorruptCheckpoint, match=r"net.safetensors has SHA-256 .*, expected "):
+        load_weights(file)
+    save_weights(file, weights, {})
+    assert torch.equal(load_weights(file)[0]["steps"], weights["steps"])
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-10], lambda b: b[:50] + b"x" + b[51:], lambda b: b""])

@@ -22,6 +22,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,9 +37,9 @@ from test_training import problem, train
 from torch import nn
 from torchvision.datasets import CIFAR10, Imagenette
 
-from pdl_utils import resnet, results
+from pdl_utils import checkpoints, resnet, results
 from pdl_utils.cam_metrics import insertion_deletion, receptive_field
-from pdl_utils.checkpoints import save_weights, sha256
+from pdl_utils.checkpoints import read_digests, save_weights, sha256
 from pdl_utils.datasets import network, photos, sources
 from pdl_utils.datasets.ppi import ppi
 from pdl_utils.hooks import evaluating, record_activations
@@ -439,6 +440,48 @@ def in_child(work: Callable[[], object]) -> tuple[multiprocessing.Process, Calla
             process.join(30)
 
     return process, result
+
+
+def record_result(folder: Path, name: str) -> None:
+    results.record(FULL, "1_grad_cam", name, 1.0, "share")
+
+
+def ship_weights(folder: Path, name: str) -> None:
+    save_weights(folder / name, {"w": torch.zeros(3)}, {})
+
+
+@pytest.mark.parametrize(
+    ("save", "module", "reads", "names"),
+    [
+        (
+            record_result,
+            results.json,
+            "loads",
+            lambda f: json.loads((f / "results.json").read_text())["1_grad_cam"],
+        ),
+        (ship_weights, checkpoints, "read_digests", read_digests),
+    ],
+    ids=["results", "digests"],
+)
+def test_processes_that_save_at_once_lose_nothing(save, module, reads, names, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FIGURES", tmp_path)
+    original = getattr(module, reads)
+
+    def slowly(*args):
+        found = original(*args)
+        time.sleep(0.02)
+        return found
+
+    def save_some(process: int) -> None:
+        monkeypatch.setattr(module, reads, slowly)
+        together.wait(30)
+        for i in range(4):
+            save(tmp_path, f"{process}-{i}")
+
+    together = FORK.Barrier(3)
+    answers = [in_child(partial(save_some, process))[1] for process in range(3)]
+    assert [answer()[0] for answer in answers] == [None] * 3
+    assert sorted(names(tmp_path)) == [f"{process}-{i}" for process in range(3) for i in range(4)]
 
 
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
