@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -242,6 +243,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path):
         save_atomically(half, file)
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
     assert file.read_text() == "old"
+
+
+def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(os, "fsync", lambda number: events.append(os.fstat(number).st_size))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
+    save_atomically(lambda partial: partial.write_text("new"), tmp_path / "file")
+    assert events == [3, "replace"]
 
 
 KILLED = """
