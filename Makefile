@@ -1,6 +1,7 @@
 # Each target sets itself up on a fresh machine with Python 3.10+, and installs once.
 #   make notebooks   run all notebooks in the profile that fits the machine; copies and HTML in build/
 #   make test        unit, parity and fault tests, then every notebook again, fast and offline
+#   make mutants     deliberate mistakes in the code, one at a time: would the tests notice?
 #   make bench       side-by-side timings against the peers
 #   make figures     render the committed notebooks anew, in place and in the full profile
 #   make lint        ruff over code and notebooks
@@ -11,7 +12,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 QUICKLY := PDL_PROFILE=fast PDL_OFFLINE=1 PDL_PROGRESS=0
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --timeout=900 -x -q
 
-.PHONY: notebooks test bench figures lint clean
+.PHONY: notebooks test mutants bench figures lint clean
 
 notebooks: $(VENV)/.ready-test
 	$(BIN)/python -m pdl_utils.run_notebooks --out build/notebooks $(NOTEBOOKS)
@@ -21,6 +22,9 @@ test: $(VENV)/.ready-test
 	@set -e; for notebook in $(NOTEBOOKS); do \
 	  $(QUICKLY) $(BIN)/python -m pytest $(NBVAL) $$notebook; \
 	done
+
+mutants: $(VENV)/.ready-test
+	$(BIN)/python tests/mutants.py
 
 bench: $(VENV)/.ready-bench
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done

@@ -122,6 +122,21 @@ def test_fast_path_equals_plain(conv, tile, monkeypatch):
         assert relative_error(value, expected[name]) < 1e-12, name
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_attention_is_dropped_in_training_only(fast):
+    torch.manual_seed(0)
+    net, graph = (
+        GraphNet(CHANNELS, 4, "gat", hidden=5, heads=2, dropout=0.5),
+        Graph.from_edges(random_edges(), NODES),
+    )
+    for layer in net.layers:
+        layer.fast = fast
+    x = torch.randn(NODES, CHANNELS)
+    assert not torch.equal(net(x, graph), net(x, graph))
+    net.eval()
+    assert torch.equal(net(x, graph), net(x, graph))
+
+
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_gradients_against_finite_differences(graph):
     torch.manual_seed(0)
