@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from pdl_utils.augment import Augmentation
 from pdl_utils.data_parallel import LabelledBatches
@@ -69,18 +70,30 @@ def without_head(network: nn.Module) -> nn.Module:
     return encoder.eval()
 
 
+def freeze_norms(network: nn.Module) -> nn.Module:
+    """The network with every batch norm exchanged, in place, for the fixed affine map that it is in eval mode:
+    a hundred images say too little about the statistics of its activations."""
+    for parent in list(network.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, nn.BatchNorm2d):
+                frozen = FrozenBatchNorm2d(norm.num_features, norm.eps).to(norm.weight.device)
+                frozen.load_state_dict(norm.state_dict())
+                setattr(parent, name, frozen)
+    return network
+
+
 def fine_tune(
     network: nn.Module, images: Tensor, labels: Tensor, classes: int, recipe: Recipe, C: float, seed: int = 0
 ) -> nn.Module:
     """A copy of `network`, trained further on a new task: first a linear probe becomes its last layer `fc`,
-    then all weights are trained. A random last layer would spoil the features before it has learned
-    anything (Kumar et al. 2022, arXiv:2202.10054).
+    then all weights are trained, batch norm staying as it is. A random last layer would spoil the features
+    before it has learned anything (Kumar et al. 2022, arXiv:2202.10054).
 
     Args:
         C: of the linear probe.
         others: as in `train_on`.
     """
-    tuned = without_head(network)
+    tuned = freeze_norms(without_head(network))
     tuned.fc = linear_probe(outputs(tuned, images, recipe.size), labels, classes, C)
     train_on(tuned, images, labels, recipe, seed)
     return tuned

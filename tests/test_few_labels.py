@@ -111,6 +111,17 @@ def test_a_headless_copy_gives_features_and_leaves_the_network_alone():
     assert outputs(encoder, pictures()[0]).shape == (24, 128)
 
 
+def test_frozen_norms_compute_what_they_did_in_eval_mode_and_stay():
+    network = small_resnet().train()
+    network(torch.rand(8, 3, 32, 32))  # statistics that are not those of the start
+    x = torch.rand(4, 3, 32, 32)
+    expected = network.eval()(x)
+    frozen = few_labels.freeze_norms(network)
+    torch.testing.assert_close(frozen(x), expected)
+    torch.testing.assert_close(frozen.train()(x), expected)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
+
+
 def test_fine_tuning_starts_from_the_probe_and_does_not_touch_the_pretrained_network(monkeypatch):
     images, labels = pictures()
     network = small_resnet(classes=7).eval()
