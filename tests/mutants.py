@@ -382,7 +382,14 @@ MUTANTS = [
         "results.py",
         'with FileLock(FIGURES / ".results.json.lock"):',
         "if True:",
-        ["test_reliability.py::test_processes_that_save_at_once_lose_nothing"],
+        ["test_reliability.py::test_processes_that_save_at_once_lose_nothing[results]"],
+    ),
+    Mutant(
+        "two processes that save weights lose digests",
+        "checkpoints.py",
+        'with FileLock(path.parent / f".{DIGESTS}.lock"):',
+        "if True:",
+        ["test_reliability.py::test_processes_that_save_at_once_lose_nothing[digests]"],
     ),
     # Data
     Mutant(
