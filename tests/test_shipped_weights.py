@@ -1,4 +1,4 @@
-"""The weight files that ship: small enough, complete in their facts, and described by README with the same numbers."""
+"""The weight files that ship: small, complete in their facts, and described by README with the same numbers."""
 
 import pytest
 import torch
