@@ -1,0 +1,69 @@
+"""What the benchmarks share: contestants that run in turn, ratios within a round, and a report."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pdl_utils.provenance import device_name
+from pdl_utils.settings import save_atomically
+
+LIMIT = "(limit)"  # ends the name of a ratio to what nobody can avoid, rather than to a peer
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round, after some rounds to warm up. All contestants run in turn, every other
+    round backwards, so that a busy moment of the machine meets them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(-warmup, rounds):
+        for name in list(calls)[:: -1 if number % 2 else 1]:
+            started = clock()
+            calls[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= 0:
+                seconds[name].append(clock() - started)
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    """Median, least and largest of the ratios of two calls within a round."""
+    values = [a / b for a, b in zip(above, below, strict=True)]
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def report(
+    title: str,
+    pairs: Mapping[str, tuple[list[float], list[float]]],
+    device: torch.device,
+    file: Path | None,
+    **details: Any,
+) -> dict[str, Any]:
+    """Print the ratio of every pair of contestants, ours / theirs, and write them to a JSON file if one is given:
+    {"title", "device", "torch", "ratios": {name: {"median", "min", "max"}}} and the `details`."""
+    found = {"title": title, "device": device_name(device), "torch": torch.__version__, "ratios": {}, **details}
+    print(f"\n{title}\n{found['device']}, torch {torch.__version__}\n")
+    print(f"{'ratio of times, ours / theirs':65} median  (range)")
+    for name, (ours, theirs) in pairs.items():
+        found["ratios"][name] = r = {key: round(value, 4) for key, value in ratio(ours, theirs).items()}
+        print(f"{name:65} {r['median']:6.2f}  ({r['min']:.2f}–{r['max']:.2f})")
+    if file:
+        save_json(found, file)
+    return found
+
+
+def save_json(content: Any, file: Path) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    save_atomically(lambda partial: partial.write_text(text, encoding="utf-8"), file)
