@@ -2,7 +2,7 @@
 #   make notebooks   run all notebooks in the profile that fits the machine; copies and HTML in build/
 #   make test        unit, parity and fault tests, then every notebook again, fast and offline
 #   make mutants     deliberate mistakes in the code, one at a time: would the tests notice?
-#   make bench       side-by-side timings against the peers
+#   make bench       side-by-side timings against the peers, 15 minutes at most; figures/benchmarks.json and .png
 #   make figures     render the committed notebooks anew, in place and in the full profile
 #   make lint        ruff over code and notebooks
 PYTHON ?= python3
@@ -27,7 +27,7 @@ mutants: $(VENV)/.ready-test
 	$(BIN)/python tests/mutants.py
 
 bench: $(VENV)/.ready-bench
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/run_all.py
 
 figures: $(VENV)/.ready-test
 	PDL_PROFILE=full PDL_PROGRESS=0 $(BIN)/python -m pdl_utils.run_notebooks --in-place $(NOTEBOOKS)
