@@ -50,8 +50,8 @@ class ShuffledBatches:
     """Batches of images in random order; calling it gives those of another epoch.
 
     Everything random follows from `seed` and `epoch` alone, so a resumed run sees what an unbroken one
-    does. The last, incomplete batch is left out. Of every batch, process `rank` of `world` gets every
-    `world`-th image: together they see what one process would see.
+    does. The last, incomplete batch is left out. In a process group, process `rank` of `world` gets every
+    `world`-th image of a batch: together they see what one process would see.
 
     Attributes:
         images: uint8 (N, C, H, W), on the training device.
@@ -66,8 +66,6 @@ class ShuffledBatches:
     resolutions: list[int]
     batch_size: int
     seed: int
-    rank: int = 0
-    world: int = 1
     epoch: int = 0
 
     def __post_init__(self) -> None:
@@ -81,10 +79,11 @@ class ShuffledBatches:
         return len(self.images) // self.batch_size
 
     def __iter__(self) -> Iterator[Any]:
+        mine = slice(rank_and_world()[0], None, rank_and_world()[1])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.images), generator=generator)
         for rows in order[: len(self) * self.batch_size].split(self.batch_size):
-            yield self.batch(rows, slice(self.rank, None, self.world), generator)
+            yield self.batch(rows, mine, generator)
 
     def batch(self, rows: Tensor, mine: slice, generator: torch.Generator) -> Any:
         """The images `rows[mine]`, augmented with what is drawn for all `rows`."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,11 +93,10 @@ def build(args: argparse.Namespace, classes: int) -> nn.Module:
 
 def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: TinyImageNet) -> History:
     device = next(model.parameters()).device
-    rank, world = rank_and_world()
     batches = LabelledBatches(
         images=data.images.to(device), labels=data.labels.to(device), resolutions=args.schedule,
         augment=Augmentation(flip=True, scale=tuple(args.scale)),
-        batch_size=args.batch_size, seed=args.seed, rank=rank, world=world,
+        batch_size=args.batch_size, seed=args.seed,
     )  # fmt: skip
     optimizer = torch.optim.SGD(
         weight_decay_groups(model, args.weight_decay), lr=args.lr, momentum=0.9, nesterov=True
@@ -115,8 +115,22 @@ def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: T
         checkpoint=args.run / "last.pt",
         examples=len(batches) * args.batch_size,
         label=args.arch,
-        progress=None if rank == 0 else False,
     )
+
+
+def facts_of_run(args: argparse.Namespace, history: History, device: torch.device) -> dict[str, Any]:
+    """What every file that ships says of its training."""
+    hidden = ("run", "data", "export", "start_from", "stop_after")  # say where, not how
+    return {
+        "recipe": {key: value for key, value in vars(args).items() if key not in hidden},
+        "epochs": len(args.schedule),
+        "seed": args.seed,
+        "training_minutes": round(sum(history["seconds"]) / 60, 1),
+        "hardware": device_name(device),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
+        },
+    }  # fmt: skip
 
 
 def export(args: argparse.Namespace, model: nn.Module, val: TinyImageNet, history: History, origin: str) -> None:
@@ -125,25 +139,16 @@ def export(args: argparse.Namespace, model: nn.Module, val: TinyImageNet, histor
     images, labels = val.images.to(device), val.labels.to(device)
     accuracy = {r: round(top1(model, images, labels, r), 4) for r in sorted({*RESOLUTIONS, args.resolution})}
     print(f"{args.arch}: top-1 on {len(labels):,} validation images, by resolution: {accuracy}")
-    hidden = ("run", "data", "export", "start_from", "stop_after")  # say where, not how
-    recipe = {key: value for key, value in vars(args).items() if key not in hidden}
-    facts = {
+    facts = facts_of_run(args, history, device) | {
         "arch": args.arch,
         "data": origin,
-        "recipe": {**recipe, "started_from": args.start_from.stem if args.start_from else None},
-        "epochs": len(args.schedule),
-        "seed": args.seed,
         "top1": accuracy,
         "resolution": args.resolution,
         "photo_size": args.photo_size,
-        "training_minutes": round(sum(history["seconds"]) / 60, 1),
-        "hardware": device_name(device),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
-        },
         "categories": [name.split(",")[0] for name in val.names],
         "wnids": val.wnids,
-    }  # fmt: skip
+    }
+    facts["recipe"]["started_from"] = args.start_from.stem if args.start_from else None
     save_weights(args.export / f"{args.arch}_tiny_imagenet.safetensors", model.state_dict(), facts)
 
 

@@ -13,7 +13,6 @@ CIFAR-10 experiments, for a GPU: `--width 64 --stem-stride 1 --schedule 32x400`.
 from __future__ import annotations
 
 import argparse
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from pdl_utils.checkpoints import save_weights
 from pdl_utils.data_parallel import ShuffledBatches, data_parallel, process_group, rank_and_world
 from pdl_utils.datasets.small_images import LabelledImages, cifar10
 from pdl_utils.evaluation import knn_accuracy, outputs
-from pdl_utils.pretrain import schedule
-from pdl_utils.provenance import device_name
+from pdl_utils.pretrain import facts_of_run, schedule
 from pdl_utils.settings import seed_everything
 from pdl_utils.simclr import FILE, SimCLR, cifar_encoder, two_views
 from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
@@ -86,10 +84,7 @@ def pretrain(
         One row an epoch: `loss`, `knn`, `seconds`.
     """
     device = next(model.parameters()).device
-    rank, world = rank_and_world()
-    batches = ViewBatches(
-        images=images.to(device), resolutions=resolutions, batch_size=batch_size, seed=seed, rank=rank, world=world
-    )
+    batches = ViewBatches(images=images.to(device), resolutions=resolutions, batch_size=batch_size, seed=seed)
     optimizer = torch.optim.SGD(weight_decay_groups(model, weight_decay), lr=lr, momentum=0.9, nesterov=True)
     epochs = len(resolutions)
     return fit(
@@ -104,7 +99,7 @@ def pretrain(
         checkpoint=checkpoint,
         examples=len(batches) * batch_size,
         label="SimCLR",
-        progress=progress if rank == 0 else False,
+        progress=progress,
     )
 
 
@@ -127,21 +122,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def export(args: argparse.Namespace, model: SimCLR, data: LabelledImages, history: History) -> None:
     """Ship the encoder, without the projection, with everything that one may ask about it."""
-    hidden = ("run", "export", "stop_after")  # say where, not how
-    facts = {
+    facts = facts_of_run(args, history, next(model.parameters()).device) | {
         "arch": "cifar_resnet18",
         "width": args.width,
         "stem_stride": args.stem_stride,
         "data": f"{data.provenance.name}, {len(data.train_images):,} training images without labels "
                 f"({data.provenance.source})",
-        "recipe": {key: value for key, value in vars(args).items() if key not in hidden},
-        "epochs": len(args.schedule),
-        "seed": args.seed,
         "knn": history["knn"],
         "loss": history["loss"],
-        "training_minutes": round(sum(history["seconds"]) / 60, 1),
-        "hardware": device_name(next(model.parameters()).device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }  # fmt: skip
     save_weights(args.export / FILE, model.encoder.state_dict(), facts)
     print(f"SimCLR: kNN accuracy {history['knn'][-1]:.1%} on {QUERIES:,} training images")

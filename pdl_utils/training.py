@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pdl_utils.data_parallel import rank_and_world
 from pdl_utils.settings import progress_wanted, save_atomically
 
 
@@ -134,7 +134,8 @@ def fit(
         autocast: compute in bfloat16 where that is safe (`torch.autocast`).
         checkpoint: file to save to after every epoch and, if it exists, to go on from.
         examples: how many examples an epoch holds, to report them a second; batches otherwise.
-        unit, label, progress: what the progress line says; None shows it unless `PDL_PROGRESS=0`.
+        unit, label, progress: what the progress line says, in the first process; None shows it unless
+            `PDL_PROGRESS=0`.
 
     Raises:
         NonFiniteLoss: at the first batch whose loss is NaN or infinite, before its step is taken.
@@ -147,7 +148,7 @@ def fit(
     """
     device = next(model.parameters()).device
     bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    first_process = not dist.is_initialized() or dist.get_rank() == 0
+    first_process = rank_and_world()[0] == 0
     history, best = History(), None
     if checkpoint is not None and checkpoint.exists():
         history, best = _resume(checkpoint, bare, optimizer, scheduler)
@@ -156,7 +157,8 @@ def fit(
         progress = progress_wanted()
     bar = tqdm(
         total=(examples or 1) * epochs, initial=(examples or 1) * first, desc=label,
-        unit=unit if examples else "epoch", disable=not progress, mininterval=1, dynamic_ncols=True,
+        unit=unit if examples else "epoch", disable=not (progress and first_process), mininterval=1,
+        dynamic_ncols=True,
     )  # fmt: skip
     for epoch in range(first, epochs):
         started, total, count = time.perf_counter(), 0.0, 0

@@ -178,11 +178,9 @@ def parallel_run(state_file):
     images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8)
     labels = torch.randint(0, 2, (24,))
     parallel = torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if parallel else (0, 1)
     batches = LabelledBatches(
-        images=images, labels=labels, resolutions=[16], batch_size=8, augment=Augmentation(scale=(0.3, 1)), seed=5,
-        rank=rank, world=world,
-    )  # fmt: skip
+        images=images, labels=labels, resolutions=[16], batch_size=8, augment=Augmentation(scale=(0.3, 1)), seed=5
+    )
     network = nn.parallel.DistributedDataParallel(model) if parallel else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     fit(

@@ -22,7 +22,8 @@ def test_the_list_of_digests_is_that_of_the_files():
 def test_a_file_is_small_and_says_how_it_came_about(name):
     limit = 25 if name.startswith("simclr") else 45
     assert (CHECKPOINTS / name).stat().st_size < limit * 10**6
-    _, facts = load_weights(CHECKPOINTS / name)
+    weights, facts = load_weights(CHECKPOINTS / name)
+    assert all(w.isfinite().all() for w in weights.values())
     expected = {"arch", "data", "recipe", "epochs", "seed", "training_minutes", "hardware", "versions"}
     assert expected <= set(facts)
     (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}`")]
@@ -36,7 +37,9 @@ def test_the_accuracy_that_the_main_readme_gives_is_the_measured_one(arch):
     _, facts = load_weights(CHECKPOINTS / f"{arch}_tiny_imagenet.safetensors")
     main = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert f"| ResNet-{arch[-2:]} | {facts['top1']['128']:.1%} |" in main
-    assert f"{facts['top1']['128']:.1%}" in own_network(arch).provenance.source
+    network = own_network(arch)
+    assert len(network.categories) == 200
+    assert f"{facts['top1']['128']:.1%}" in network.provenance.source
 
 
 def test_the_encoder_gives_features_that_depend_on_the_image():
