@@ -60,7 +60,7 @@ def knn_accuracy(
 
 def linear_probe(features: Tensor, labels: Tensor, classes: int, C: float = 0.01) -> nn.Linear:
     """A linear classifier on frozen features: scikit-learn's logistic regression on standardised features,
-    with the standardisation folded into its weights.
+    with the standardisation folded into its weights. Every class counts the same, however many examples it has.
 
     Args:
         features: (N, D) of the labelled images.
@@ -72,9 +72,8 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int, C: float = 0.01
         Features (…, D) → logits (…, classes), on the device of `features`.
     """
     scaler = StandardScaler().fit(features.cpu().numpy())
-    fitted = LogisticRegression(C=C, max_iter=1000, tol=1e-3).fit(
-        scaler.transform(features.cpu().numpy()), labels.cpu().numpy()
-    )
+    regression = LogisticRegression(C=C, class_weight="balanced", max_iter=1000, tol=1e-3)
+    fitted = regression.fit(scaler.transform(features.cpu().numpy()), labels.cpu().numpy())
     weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
     if len(fitted.classes_) == 2:  # one row: the log-odds of the second class
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2

@@ -34,7 +34,8 @@ class Recipe:
 
 
 def train_on(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed: int = 0) -> History:
-    """Train all weights that require gradients, in place; the model is left in eval mode.
+    """Train all weights that require gradients, in place; the model is left in eval mode. In the loss every
+    class counts the same, however many examples it has: a handful of labels is seldom balanced.
 
     Args:
         images, labels: uint8 (N, 3, H, W) and int64 (N,).
@@ -51,10 +52,16 @@ def train_on(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, s
         weight_decay_groups(model, recipe.weight_decay), lr=recipe.lr, momentum=0.9, nesterov=True
     )
     steps = epochs * len(batches)
+    weight = 1 / batches.labels.bincount().float()  # of a class
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        each = F.cross_entropy(network(batch[0]), batch[1], reduction="none")
+        return (each * weight[batch[1]]).sum() / weight[batch[1]].sum()
+
     return fit(
         model,
         batches,
-        lambda network, batch: F.cross_entropy(network(batch[0]), batch[1]),
+        loss,
         optimizer,
         epochs=epochs,
         scheduler=warmup_cosine(optimizer, steps, warmup=steps // 10),

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from pdl_utils.augment import Augmentation
 from pdl_utils.checkpoints import load_weights, save_weights
@@ -75,15 +75,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def starting_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a run's last.pt, or in a file that ships."""
+    if path.suffix == ".safetensors":
+        return load_weights(path)[0]
+    return torch.load(path, map_location="cpu", weights_only=True)["model"]
+
+
 def build(args: argparse.Namespace, classes: int) -> nn.Module:
     """The network at the start of training: random, or with the function of the weights to start from."""
     model = torchvision.models.get_model(args.arch, num_classes=classes)
     zero_last_norm(model)
     if args.start_from:
-        if args.start_from.suffix == ".safetensors":
-            weights, _ = load_weights(args.start_from)
-        else:
-            weights = torch.load(args.start_from, map_location="cpu", weights_only=True)["model"]
+        weights = starting_weights(args.start_from)
         arch = "resnet34" if "layer3.5.conv1.weight" in weights else "resnet18"
         start = torchvision.models.get_model(arch, num_classes=classes)
         start.load_state_dict(weights)
@@ -121,8 +125,9 @@ def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: T
 def facts_of_run(args: argparse.Namespace, history: History, device: torch.device) -> dict[str, Any]:
     """What every file that ships says of its training."""
     hidden = ("run", "data", "export", "start_from", "stop_after")  # say where, not how
+    recipe = {key: value for key, value in vars(args).items() if key not in hidden}
     return {
-        "recipe": {key: value for key, value in vars(args).items() if key not in hidden},
+        "recipe": recipe | {"started_from": args.start_from.stem if args.start_from else None},
         "epochs": len(args.schedule),
         "seed": args.seed,
         "training_minutes": round(sum(history["seconds"]) / 60, 1),
@@ -148,7 +153,6 @@ def export(args: argparse.Namespace, model: nn.Module, val: TinyImageNet, histor
         "categories": [name.split(",")[0] for name in val.names],
         "wnids": val.wnids,
     }
-    facts["recipe"]["started_from"] = args.start_from.stem if args.start_from else None
     save_weights(args.export / f"{args.arch}_tiny_imagenet.safetensors", model.state_dict(), facts)
 
 

@@ -23,7 +23,7 @@ from pdl_utils.checkpoints import save_weights
 from pdl_utils.data_parallel import ShuffledBatches, data_parallel, process_group, rank_and_world
 from pdl_utils.datasets.small_images import LabelledImages, cifar10
 from pdl_utils.evaluation import knn_accuracy, outputs
-from pdl_utils.pretrain import facts_of_run, schedule
+from pdl_utils.pretrain import facts_of_run, schedule, starting_weights
 from pdl_utils.settings import seed_everything
 from pdl_utils.simclr import FILE, SimCLR, cifar_encoder, two_views
 from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
@@ -109,6 +109,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--run", type=Path, required=True, help="folder for the resumable state, outside the repository")
     add("--export", type=Path, help="folder to write the finished encoder to")
     add("--schedule", type=schedule, default="24x30,32x30", help="side of the views in pixels x epochs, …")
+    add(
+        "--start-from",
+        type=Path,
+        help="weights to start from: a run's last.pt, or an encoder that ships, whose projection starts anew",
+    )
     add("--stop-after", type=int, help="stop after this many epochs of the schedule, to go on another time")
     add("--width", type=int, default=32, help="channels of the first stage")
     add("--stem-stride", type=int, default=2)
@@ -141,6 +146,10 @@ def main(argv: list[str] | None = None) -> None:
         seed_everything(args.seed)
         data = cifar10()
         model = SimCLR(*cifar_encoder(args.width, args.stem_stride), temperature=args.temperature)
+        if args.start_from:
+            weights = starting_weights(args.start_from)
+            whole = any(name.startswith("encoder.") for name in weights)
+            (model if whole else model.encoder).load_state_dict(weights)
         model.to(device, memory_format=torch.channels_last)
         history = pretrain(
             model,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pdl_utils.augment import Augmentation, normalize
 from pdl_utils.checkpoints import CHECKPOINTS, load_weights
+from pdl_utils.data_parallel import rank_and_world
 from pdl_utils.provenance import Provenance
 from pdl_utils.resnet import cifar_resnet18
 
@@ -64,18 +65,16 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
         raise ValueError(
             f"two views of the same images are needed, (N, D) each; got {(*z1.shape,)}, {(*z2.shape,)}"
         )
-    first, n = 0, len(z1)
+    n = len(z1)
+    rank, world = rank_and_world()
     with torch.autocast(z1.device.type, enabled=False):  # bfloat16 would round similarities to 1/128
         z1, z2 = (F.normalize(z.float() if z.element_size() < 4 else z, dim=1) for z in (z1, z2))
         z = torch.cat([z1, z2])  # (2N, D)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            first, everyone = 2 * n * dist.get_rank(), Gather.apply(z)
-        else:
-            everyone = z
+        everyone = Gather.apply(z) if world > 1 else z
         similarity = z @ everyone.T / temperature  # (2N, 2N · processes)
         row = torch.arange(2 * n, device=z.device)
-        similarity[row, first + row] = float("-inf")  # nobody is asked to find itself
-        return F.cross_entropy(similarity, first + (row + n) % (2 * n))
+        similarity[row, 2 * n * rank + row] = float("-inf")  # nobody is asked to find itself
+        return F.cross_entropy(similarity, 2 * n * rank + (row + n) % (2 * n))
 
 
 class Gather(torch.autograd.Function):

@@ -32,10 +32,11 @@ def small_resnet(classes=3):
 @pytest.mark.parametrize("classes", [[0, 1, 2, 3], [1, 3]])
 def test_the_probe_is_scikit_learns_logistic_regression(classes):
     rng = np.random.default_rng(0)
-    labels = rng.choice(classes, 60)
+    labels = rng.choice(classes, 60, p=np.arange(1, len(classes) + 1) / np.arange(1, len(classes) + 1).sum())
     x = rng.normal(size=(60, 5)) * [1, 10, 0.1, 3, 1] + labels[:, None] + 100
     probe = linear_probe(torch.from_numpy(x).float(), torch.from_numpy(labels), 4, C=0.3)
-    peer = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=1000)).fit(x, labels)
+    peer = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=1000, class_weight="balanced"))
+    peer.fit(x, labels)
     ours = probe(torch.from_numpy(x).float()).softmax(1).detach()
     assert ours.shape == (60, 4)
     torch.testing.assert_close(
@@ -78,6 +79,18 @@ def test_every_set_of_labels_gets_the_same_number_of_steps(monkeypatch, count, e
     train_on(small_resnet(), images, labels, Recipe(12, lr=0.1, weight_decay=0, batch_size=8))
     assert seen["epochs"] == epochs
     assert seen["sizes"] == [min(8, count)] * max(1, count // 8)
+
+
+def test_every_class_counts_the_same_in_the_loss(monkeypatch):
+    caught = {}
+    monkeypatch.setattr(few_labels, "fit", lambda model, batches, loss, *rest, **options: caught.update(loss=loss))
+    images, labels = pictures(12)
+    labels[:6] = 1  # 8 of class 1, 2 of the others
+    model = small_resnet().eval()
+    train_on(model, images, labels, Recipe(1, lr=0.1, weight_decay=0, batch_size=8))
+    x = torch.rand(12, 3, 32, 32)
+    expected = nn.functional.cross_entropy(model(x), labels, 1 / torch.tensor([2.0, 8.0, 2.0]))
+    torch.testing.assert_close(caught["loss"](model, (x, labels)), expected)
 
 
 def test_the_seed_decides_about_order_and_augmentation():
