@@ -286,7 +286,7 @@ def test_killed_it_resumes_to_the_same_weights(tmp_path):
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
 
-def test_the_program_ships_an_encoder(tmp_path, monkeypatch, capsys):
+def test_the_program_ships_an_encoder_and_goes_on_from_it(tmp_path, monkeypatch, capsys):
     from pdl_utils import simclr
 
     images, labels = images_and_labels(48)
@@ -295,10 +295,10 @@ def test_the_program_ships_an_encoder(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(pretrain_simclr, "cifar10", lambda: data)
     monkeypatch.setattr(simclr, "CHECKPOINTS", tmp_path)
+    small = ["--width", "16", "--batch-size", "16"]
     pretrain_simclr.main(
-        ["--run", str(tmp_path / "run"), "--export", str(tmp_path), "--schedule", "24x1,32x1", "--width", "16",
-         "--batch-size", "16"]
-    )  # fmt: skip
+        ["--run", str(tmp_path / "run"), "--export", str(tmp_path), "--schedule", "24x1,32x1", *small]
+    )
     assert "kNN accuracy" in capsys.readouterr().out
     encoder, provenance, facts = simclr.pretrained_encoder()
     assert facts["width"] == 16
@@ -307,6 +307,18 @@ def test_the_program_ships_an_encoder(tmp_path, monkeypatch, capsys):
     trained = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     for name, value in encoder.state_dict().items():
         torch.testing.assert_close(value, trained[f"encoder.{name}"], rtol=1e-3, atol=1e-3)
+
+    # Without a learning rate it ends where it starts: from the state with its projection, from the file without.
+    same = {}
+    for start in (tmp_path / "run" / "last.pt", tmp_path / simclr.FILE):
+        run = tmp_path / f"from_{start.suffix}"
+        still = ["--schedule", "24x1", "--lr", "0", "--seed", "1"]
+        pretrain_simclr.main(["--run", str(run), "--start-from", str(start), *still, *small])
+        ended = torch.load(run / "last.pt", weights_only=True)["model"]
+        first = "encoder.conv1.weight"
+        torch.testing.assert_close(ended[first], trained[first], rtol=1e-3, atol=1e-3)
+        same[start.suffix] = torch.equal(ended["projector.0.weight"], trained["projector.0.weight"])
+    assert same == {".pt": True, ".safetensors": False}
 
 
 if __name__ == "__main__":
