@@ -2,14 +2,14 @@
 
     python -m pdl_utils.pretrain --arch resnet18 --run runs/resnet18 --export data/checkpoints
     python -m pdl_utils.pretrain --arch resnet34 --run runs/resnet34 --export data/checkpoints \\
-        --start-from runs/resnet18/last.pt --schedule 64x5,96x3,128x1 --lr 0.15
+        --start-from data/checkpoints/resnet18_tiny_imagenet.safetensors --schedule 96x1,128x2 --lr 0.05
 
 Killed at any moment, the same command goes on from the last whole epoch to the same result. Started by
 `torchrun --nproc-per-node N -m pdl_utils.pretrain …`, every process takes its share of each batch.
 
 The recipe: SGD with Nesterov momentum, one cosine cycle, label smoothing, weight decay on kernels only,
 residual blocks that start as the identity, and images that grow during training. ResNet-34 starts as the
-function of a ResNet-18 in training (Net2Net) rather than from nothing.
+function of a trained ResNet-18 (Net2Net) rather than from nothing.
 """
 
 from __future__ import annotations
