@@ -7,7 +7,7 @@ Localization", arXiv:1610.02391; guided backpropagation from Springenberg et al.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,14 +83,21 @@ def grad_cam(
             logits = model(images)
             classes = choose_classes(logits, classes, top_k)
             activations = feature_maps(seen, find_layers(model, layers), images)
-            gradients = [
-                torch.autograd.grad(score.sum(), list(activations.values()), retain_graph=k + 1 < classes.shape[1])
-                for k, score in enumerate(logits.gather(1, classes).unbind(1))
-            ]
-        maps = {}
-        for (name, activation), *per_class in zip(activations.items(), *gradients, strict=True):
-            maps[name] = weighted_sum(activation, torch.stack(per_class, 1))
+            gradients = class_gradients(logits, classes, list(activations.values()))
+        maps = {
+            name: weighted_sum(activation, gradient)
+            for (name, activation), gradient in zip(activations.items(), gradients, strict=True)
+        }
     return ClassMaps({n: m if signed else m.relu() for n, m in maps.items()}, classes, at_least_float32(logits))
+
+
+def class_gradients(logits: Tensor, classes: Tensor, inputs: list[Tensor]) -> Iterator[Tensor]:
+    """Gradients of the scores of `classes`, (N, K), with respect to each of `inputs`, (N, …): (N, K, …)."""
+    per_class = [
+        torch.autograd.grad(score.sum(), inputs, retain_graph=k + 1 < classes.shape[1])
+        for k, score in enumerate(logits.gather(1, classes).unbind(1))
+    ]
+    return (torch.stack(gradients, 1) for gradients in zip(*per_class, strict=True))
 
 
 def weighted_sum(activation: Tensor, gradients: Tensor) -> Tensor:
@@ -133,11 +140,8 @@ def guided_backprop(model: nn.Module, images: Tensor, classes: Classes = None, *
         with GuidedReLU():
             logits = model(pixels)
         classes = choose_classes(logits, classes, top_k)
-        gradients = [
-            torch.autograd.grad(score.sum(), pixels, retain_graph=k + 1 < classes.shape[1])[0]
-            for k, score in enumerate(logits.gather(1, classes).unbind(1))
-        ]
-    return at_least_float32(torch.stack(gradients, 1))
+        (gradient,) = class_gradients(logits, classes, [pixels])
+    return at_least_float32(gradient)
 
 
 def guided_grad_cam(
