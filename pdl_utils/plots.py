@@ -137,7 +137,8 @@ def comparison(
     for i, (value, low, high) in enumerate(values.values()):
         axis.barh(i, value, color=COLORS[0], alpha=0.75, height=0.65)
         axis.plot([low, high], [i, i], color="black", linewidth=1.5)
-        axis.text(high, i, f"  {value:.3f}", va="center", fontsize=8)
+        number = axis.annotate(f"{value:.3f}", (high, i), xytext=(5, 0), textcoords="offset points", fontsize=8)
+        number.set(va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the lines
     for i, (name, value) in enumerate((references or {}).items()):
         axis.axvline(value, color="black", linestyle=STYLES[1 + i % 3], linewidth=1, label=name)
     axis.set_yticks(range(len(names)), names)
