@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 from collections.abc import Sequence
 from io import BytesIO
+from string import ascii_lowercase
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -21,6 +23,7 @@ from pdl_utils.settings import REPOSITORY, Profile, pick_device, save_atomically
 FIGURES = REPOSITORY / "figures"
 DPI = 100
 MARKERS = ("<!-- results -->", "<!-- end of results -->")  # in README.md, around its table
+HEAD = "| what | this repository | the papers | best public | unit |\n|---|---|---|---|---|"
 
 
 def show_figure(figure: Figure, name: str, alt: str, profile: Profile, *, photographs: bool = False) -> Image:
@@ -78,18 +81,65 @@ def record(
     return entry
 
 
-def readme_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """All results as README shows them: a Markdown table a notebook, and under it what it was made from."""
+def published_figures() -> list[dict[str, Any]]:
+    """What others measured, kept by hand in `figures/published.json`: for the `rows` of a `notebook`, in the
+    `column` "papers" or "public" (the best that we found), the `figure`, what was `measured`, the `source`."""
+    return json.loads((FIGURES / "published.json").read_text(encoding="utf-8"))
+
+
+def readme_table(
+    results: dict[str, dict[str, dict[str, Any]]], published: Sequence[dict[str, Any]] | None = None
+) -> str:
+    """All results as README shows them: a Markdown table a notebook beside what others measured, and under it
+    what each of those figures is and what ours were made from.
+
+    Raises:
+        ValueError: a published figure belongs to no result, or two to one place.
+    """
+    published = published_figures() if published is None else published
     parts = []
     for notebook, entries in sorted(results.items()):
-        parts.append(f"\n**{notebook}**\n\n| what | this repository | unit |\n|---|---|---|")
-        for name, entry in sorted(entries.items()):
-            spread = f" ± {entry['std']:.3f} (n = {entry['n']})" if entry["n"] > 1 else ""
-            parts.append(f"| {name} | {entry['mean']:.3f}{spread} | {entry['unit']} |")
+        names = sorted(entries, key=_natural)
+        theirs = [p for p in published if p["notebook"] == notebook]
+        if strangers := sorted({row for p in theirs for row in p["rows"]} - set(names)):
+            raise ValueError(f"published.json has figures for {strangers}, which {notebook} has not recorded")
+        theirs.sort(key=lambda p: (names.index(p["rows"][0]), p["column"]))
+        cells, notes = _cells_and_notes(theirs)
         origins = {part for entry in entries.values() for part in entry["provenance"].split("; ") if part}
+        parts.append(f"\n**{notebook}**")
+        if notes and any(": stand-in" in origin for origin in origins):
+            parts.append("\nOurs are from a stand-in, theirs from the real data: **not comparable**.")
+        parts.append(f"\n{HEAD}")
+        for name in names:
+            entry = entries[name]
+            spread = f" ± {entry['std']:.3f} (n = {entry['n']})" if entry["n"] > 1 else ""
+            others = " | ".join(cells.get((name, column), "–") for column in ("papers", "public"))
+            parts.append(f"| {name} | {entry['mean']:.3f}{spread} | {others} | {entry['unit']} |")
+        if notes:
+            parts.append(f"\nThe others': {' · '.join(notes)}.")
         runs = {entry["run"] for entry in entries.values()}
-        parts.append(f"\n*Made from {' · '.join(sorted(origins))}. Run: {' · '.join(sorted(runs))}.*")
+        parts.append(f"\n*Ours made from {' · '.join(sorted(origins))}. Run: {' · '.join(sorted(runs))}.*")
+    if strangers := sorted({p["notebook"] for p in published} - set(results)):
+        raise ValueError(f"published.json has figures for {strangers}, which have no results")
     return "\n".join(parts)
+
+
+def _cells_and_notes(published: Sequence[dict[str, Any]]) -> tuple[dict[tuple[str, str], str], list[str]]:
+    """Cells by (row, column), each with the letter of its note, and the notes."""
+    cells: dict[tuple[str, str], str] = {}
+    notes = []
+    for letter, entry in zip(ascii_lowercase, published, strict=False):
+        notes.append(f"<sup>{letter}</sup> {entry['measured']} ([{entry['source']}]({entry['address']}))")
+        for row in entry["rows"]:
+            if (row, entry["column"]) in cells:
+                raise ValueError(f"published.json has two figures for {row!r}, {entry['column']}")
+            cells[row, entry["column"]] = f"{entry['figure']} <sup>{letter}</sup>"
+    return cells, notes
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key by which "rank 2" comes before "rank 16"."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def update_readme() -> None:
