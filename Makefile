@@ -5,6 +5,7 @@
 #   make bench       side-by-side timings against the peers, 15 minutes at most; figures/benchmarks.json and .png
 #   make figures     render the committed notebooks anew, in place and in the full profile
 #   make lint        ruff over code and notebooks
+#   make address REPOSITORY=owner/name   write the address on GitHub where it belongs, with badges for Colab
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 QUICKLY := PDL_PROFILE=fast PDL_OFFLINE=1 PDL_PROGRESS=0
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --timeout=900 -x -q
 
-.PHONY: notebooks test mutants bench figures lint clean
+.PHONY: notebooks test mutants bench figures lint address clean
 
 notebooks: $(VENV)/.ready-test
 	$(BIN)/python -m pdl_utils.run_notebooks --out build/notebooks $(NOTEBOOKS)
@@ -36,6 +37,9 @@ figures: $(VENV)/.ready-test
 lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+address: $(VENV)/.ready-test
+	$(BIN)/python -m pdl_utils.address '$(REPOSITORY)'
 
 # The stamp is written last: an installation that was cut short is taken up again.
 $(VENV)/.ready-%: pyproject.toml
