@@ -26,10 +26,11 @@ if "google.colab" in sys.modules:
     import os
     import site
     import subprocess
+    from pathlib import Path
 
     fetch = f"git clone --depth 1 https://github.com/{REPOSITORY} /content/pdl"
     install = "pip install --quiet --no-deps torch-geometric --editable /content/pdl"
-    for command in [install] if os.path.isdir("/content/pdl") else [fetch, install]:
+    for command in [install] if Path("/content/pdl").is_dir() else [fetch, install]:
         if not REPOSITORY or subprocess.run(command.split()).returncode:
             sys.exit(f"No network, or REPOSITORY is not the collection's address; this failed: {command}")
     site.addsitedir("/content/pdl")

@@ -4,6 +4,7 @@ import shutil
 import site
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import nbformat
@@ -98,7 +99,7 @@ def ran(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr("os.chdir", seen.folders.append)
-    monkeypatch.setattr("os.path.isdir", lambda _: False)
+    monkeypatch.setattr(Path, "is_dir", lambda _: False)
     monkeypatch.setattr(site, "addsitedir", seen.sites.append)
     return seen
 
@@ -122,7 +123,7 @@ def test_in_colab_the_cell_fetches_once_and_installs(ran, monkeypatch):
     exec(CELL_OF_SOMEONE, {})
     assert ran.commands == [FETCH, INSTALL]
     assert (ran.folders, ran.sites) == (["/content/pdl/notebooks"], ["/content/pdl"])
-    monkeypatch.setattr("os.path.isdir", lambda folder: folder == "/content/pdl")
+    monkeypatch.setattr(Path, "is_dir", lambda folder: folder == Path("/content/pdl"))
     exec(CELL_OF_SOMEONE, {})
     assert ran.commands == [FETCH, INSTALL, INSTALL]
 
