@@ -15,8 +15,8 @@ MARKERS = ("<!-- badges -->", "<!-- end of badges -->")  # in README.md
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 LINE = re.compile(r'^REPOSITORY = ".*?"', re.MULTILINE)  # the address in CELL
 
-# The first code cell of every notebook. Colab has the dependencies but torch-geometric, and must keep its own
-# Jupyter: --no-deps. A package installed while the kernel runs is found through addsitedir.
+# The first code cell of every notebook. Colab has the dependencies but two, and must keep its own Jupyter:
+# --no-deps. A package installed while the kernel runs is found through addsitedir.
 CELL = """\
 # In Google Colab this fetches the collection and installs it. Anywhere else it does nothing.
 import sys
@@ -29,8 +29,8 @@ if "google.colab" in sys.modules:
     from pathlib import Path
 
     fetch = f"git clone --depth 1 https://github.com/{REPOSITORY} /content/pdl"
-    install = "pip install --quiet --no-deps torch-geometric --editable /content/pdl"
-    for command in [install] if Path("/content/pdl").is_dir() else [fetch, install]:
+    install = ["pip install -q torch-geometric lightly", "pip install -q --no-deps -e /content/pdl"]
+    for command in install if Path("/content/pdl").is_dir() else [fetch, *install]:
         if not REPOSITORY or subprocess.run(command.split()).returncode:
             sys.exit(f"No network, or REPOSITORY is not the collection's address; this failed: {command}")
     site.addsitedir("/content/pdl")

@@ -106,7 +106,7 @@ def ran(monkeypatch):
 
 CELL_OF_SOMEONE = LINE.sub('REPOSITORY = "someone/else"', CELL)
 FETCH = "git clone --depth 1 https://github.com/someone/else /content/pdl"
-INSTALL = "pip install --quiet --no-deps torch-geometric --editable /content/pdl"
+INSTALL = ["pip install -q torch-geometric lightly", "pip install -q --no-deps -e /content/pdl"]
 
 
 def test_elsewhere_the_cell_does_nothing(ran, monkeypatch, capsys):
@@ -121,16 +121,16 @@ def test_elsewhere_the_cell_does_nothing(ran, monkeypatch, capsys):
 def test_in_colab_the_cell_fetches_once_and_installs(ran, monkeypatch):
     monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
     exec(CELL_OF_SOMEONE, {})
-    assert ran.commands == [FETCH, INSTALL]
+    assert ran.commands == [FETCH, *INSTALL]
     assert (ran.folders, ran.sites) == (["/content/pdl/notebooks"], ["/content/pdl"])
     monkeypatch.setattr(Path, "is_dir", lambda folder: folder == Path("/content/pdl"))
     exec(CELL_OF_SOMEONE, {})
-    assert ran.commands == [FETCH, INSTALL, INSTALL]
+    assert ran.commands == [FETCH, *INSTALL, *INSTALL]
 
 
 @pytest.mark.parametrize(
     ("cell", "fails", "tried"),
-    [(CELL, (), []), (CELL_OF_SOMEONE, ("git",), [FETCH]), (CELL_OF_SOMEONE, ("pip",), [FETCH, INSTALL])],
+    [(CELL, (), []), (CELL_OF_SOMEONE, ("git",), [FETCH]), (CELL_OF_SOMEONE, ("pip",), [FETCH, INSTALL[0]])],
     ids=["no address", "nothing to fetch", "nothing to install"],
 )
 def test_in_colab_a_failure_is_one_sentence(ran, monkeypatch, cell, fails, tried):
