@@ -60,10 +60,10 @@ def share_interval(hits: Tensor) -> tuple[float, float, float]:
     return float(found.statistic), float(interval.low), float(interval.high)
 
 
-def mean_interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of (N,) with its 95% percentile bootstrap interval over the N: (mean, low, high)."""
+def mean_interval(values: Tensor) -> tuple[float, float, float]:
+    """Mean of (N,) with its 95% percentile bootstrap interval over the N, from 2,000 draws: (mean, low, high)."""
     sample = values.double().cpu().numpy()
-    rows = np.random.default_rng(seed).integers(len(sample), size=(draws, len(sample)))
+    rows = np.random.default_rng(0).integers(len(sample), size=(2000, len(sample)))
     low, high = np.quantile(sample[rows].mean(1), (0.025, 0.975))
     return float(sample.mean()), float(low), float(high)
 
@@ -143,9 +143,7 @@ def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
     return torch.tensor([spearmanr(a, b).statistic if np.ptp(a) and np.ptp(b) else 0.0 for a, b in pairs])
 
 
-def cascading_randomization(
-    model: nn.Module, layers: Sequence[str], *, seed: int = 0
-) -> Iterator[tuple[str, nn.Module]]:
+def cascading_randomization(model: nn.Module, layers: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
     """Yield (layer, copy of the model) with the weights of ever more layers drawn anew, in the order
     given: from the classifier down. The model itself stays as it is (Adebayo et al. 2018, sec. 3).
 
@@ -154,7 +152,7 @@ def cascading_randomization(
     randomised = copy.deepcopy(model)
     for position, (name, layer) in enumerate(find_layers(randomised, layers).items()):
         with torch.random.fork_rng():
-            torch.manual_seed(seed + position)
+            torch.manual_seed(position)
             for module in layer.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
@@ -162,7 +160,7 @@ def cascading_randomization(
 
 
 def randomization_check(
-    model: nn.Module, explain: Callable[[nn.Module], Tensor], layers: Sequence[str], *, seed: int = 0
+    model: nn.Module, explain: Callable[[nn.Module], Tensor], layers: Sequence[str]
 ) -> dict[str, Tensor]:
     """Rank correlation between the maps of the model and those after randomising its layers from the top.
 
@@ -177,5 +175,5 @@ def randomization_check(
     trained = explain(model)
     return {
         name: rank_correlation(trained, explain(randomised))
-        for name, randomised in cascading_randomization(model, layers, seed=seed)
+        for name, randomised in cascading_randomization(model, layers)
     }

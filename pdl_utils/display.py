@@ -11,11 +11,11 @@ from typing import Any
 from IPython.display import Markdown
 
 
-def show_source(*objects: Any, docstrings: bool = False) -> Markdown:
+def show_source(*objects: Any) -> Markdown:
     """The source of functions, classes or methods as one code block, read from the installed package:
-    what is shown is what runs. Docstrings are left out unless asked for: the prose beside it explains."""
-    parts = [textwrap.dedent(inspect.getsource(obj)).rstrip() for obj in objects]
-    code = "\n\n\n".join(part if docstrings else without_docstrings(part) for part in parts)
+    what is shown is what runs. Docstrings are left out: the prose beside it explains."""
+    parts = [without_docstrings(textwrap.dedent(inspect.getsource(obj)).rstrip()) for obj in objects]
+    code = "\n\n\n".join(parts)
     return Markdown(f"```python\n{code}\n```")
 
 

@@ -39,9 +39,14 @@ def pair_scores(h: Tensor, query: Tensor, att: Tensor, negative_slope: float, gr
     return _PairScores.apply(h, query, att, negative_slope, graph)
 
 
-def _bags(rows: Tensor, bag: Tensor, pointers: Tensor, weight: Tensor) -> Tensor:
-    """Σ_k weight_k rows[bag_k] over k in pointers[i]..pointers[i+1]-1, for every i."""
-    return F.embedding_bag(bag, rows, pointers, mode="sum", per_sample_weights=weight, include_last_offset=True)
+def _bags(weight: Tensor, rows: Tensor, bag: Tensor, pointers: Tensor) -> Tensor:
+    """Σ_k weight_k rows[bag_k] over k in pointers[i]..pointers[i+1]-1, for every i and head: weight (E, H) and
+    rows (H, N, C) → (N, H, C)."""
+    heads = [
+        F.embedding_bag(bag, r, pointers, mode="sum", per_sample_weights=w, include_last_offset=True)
+        for w, r in zip(weight.t().contiguous(), rows, strict=True)
+    ]
+    return torch.stack(heads, dim=1)
 
 
 def _tiles(num_edges: int, channels: int) -> Iterator[slice]:
@@ -59,11 +64,7 @@ class _WeightedSum(Function):
     def forward(ctx: FunctionCtx, weight: Tensor, h: Tensor, graph: Graph) -> Tensor:
         ctx.save_for_backward(weight, h)
         ctx.graph = graph
-        heads = [
-            _bags(rows, graph.source, graph.rowptr, w)
-            for w, rows in zip(weight.t().contiguous(), _by_head(h), strict=True)
-        ]
-        return torch.stack(heads, dim=1)
+        return _bags(weight, _by_head(h), graph.source, graph.rowptr)
 
     @staticmethod
     @once_differentiable
@@ -76,11 +77,7 @@ class _WeightedSum(Function):
             grad_weight = _edge_products(_by_head(h), grad, graph).t()
         if ctx.needs_input_grad[1]:
             order, pointers = graph.by_source
-            target = graph.target[order]
-            heads = [
-                _bags(g, target, pointers, w) for w, g in zip(weight[order].t().contiguous(), grad, strict=True)
-            ]
-            grad_h = torch.stack(heads, dim=1)
+            grad_h = _bags(weight[order], grad, graph.target[order], pointers)
         return grad_weight, grad_h, None
 
 

@@ -45,14 +45,13 @@ def to_pixels(image: Tensor) -> np.ndarray:
     return pixels.permute(1, 2, 0).clamp(0, 1).numpy()
 
 
-def overlay(image: Tensor, heat: Tensor, *, opacity: float = 0.65) -> np.ndarray:
+def overlay(image: Tensor, heat: Tensor) -> np.ndarray:
     """A map laid over its image: the stronger the evidence, the more of the colour and the less of the
     greyed image is seen.
 
     Args:
         image: (3, H, W), uint8 or float in 0..1.
         heat: (H, W) in 0..1, or -1..1 for a signed map.
-        opacity: share of colour where |heat| is 1.
 
     Returns:
         (H, W, 3) float in 0..1.
@@ -61,7 +60,7 @@ def overlay(image: Tensor, heat: Tensor, *, opacity: float = 0.65) -> np.ndarray
     signed = value.min() < 0
     color = mpl.colormaps[SIGNED if signed else HEAT](value / 2 + 0.5 if signed else value)[..., :3]
     grey = to_pixels(image).mean(2, keepdims=True)
-    weight = opacity * np.sqrt(np.abs(value))[..., None]
+    weight = 0.65 * np.sqrt(np.abs(value))[..., None]
     return (1 - weight) * grey + weight * color
 
 

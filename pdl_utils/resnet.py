@@ -153,11 +153,8 @@ def zero_last_norm(model: ResNet, keep: set[str] = frozenset()) -> None:
     """Scale the last batch norm of every residual block to 0, but for parameters named in `keep`, so
     that a block starts as the identity (Goyal et al. 2017, sec. 5.1)."""
     for name, module in model.named_modules():
-        for last in ("bn3", "bn2"):
-            if hasattr(module, "conv1") and hasattr(module, last) and hasattr(module, "downsample"):
-                if f"{name}.{last}.weight" not in keep:
-                    nn.init.zeros_(getattr(module, last).weight)
-                break
+        if isinstance(module, BasicBlock) and f"{name}.bn2.weight" not in keep:
+            nn.init.zeros_(module.bn2.weight)
 
 
 def cifar_resnet18(num_classes: int = 10, *, width: int = 64, stem_stride: int = 1) -> nn.Sequential:

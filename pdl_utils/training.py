@@ -46,10 +46,6 @@ class History:
     def __getitem__(self, name: str) -> list[float]:
         return [row[name] for row in self.rows if name in row]
 
-    def best(self, name: str) -> dict[str, float]:
-        """The row in which `name` is largest, of those in which it is finite; the first of equals."""
-        return max((row for row in self.rows if math.isfinite(row.get(name, math.nan))), key=lambda row: row[name])
-
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups that decay weight matrices and kernels, but no bias and no norm."""
@@ -112,7 +108,6 @@ def fit(
     autocast: bool = False,
     checkpoint: Path | None = None,
     examples: int | None = None,
-    unit: str = "img",
     label: str = "train",
     progress: bool | None = None,
 ) -> History:
@@ -134,8 +129,8 @@ def fit(
         autocast: compute in bfloat16 where that is safe (`torch.autocast`).
         checkpoint: file to save to after every epoch and, if it exists, to go on from.
         examples: how many examples an epoch holds, to report them a second; batches otherwise.
-        unit, label, progress: what the progress line says, in the first process; None shows it unless
-            `PDL_PROGRESS=0`.
+        label, progress: what the progress line says, and whether the first process shows it; None shows it
+            unless `PDL_PROGRESS=0`.
 
     Raises:
         NonFiniteLoss: at the first batch whose loss is NaN or infinite, before its step is taken.
@@ -157,7 +152,7 @@ def fit(
         progress = progress_wanted()
     bar = tqdm(
         total=(examples or 1) * epochs, initial=(examples or 1) * first, desc=label,
-        unit=unit if examples else "epoch", disable=not (progress and first_process), mininterval=1,
+        unit="img" if examples else "epoch", disable=not (progress and first_process), mininterval=1,
         dynamic_ncols=True,
     )  # fmt: skip
     for epoch in range(first, epochs):

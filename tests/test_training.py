@@ -61,7 +61,6 @@ def test_it_learns_and_says_how():
     assert history["loss"][-1] < 0.5 * history["loss"][0]
     assert history["accuracy"][-1] > 0.9
     assert not model.training
-    assert history.best("accuracy")["accuracy"] == max(history["accuracy"])
 
 
 def test_it_trains_in_train_mode_and_evaluates_in_eval_mode_without_gradients():
@@ -127,13 +126,11 @@ def test_a_score_that_is_not_finite_is_no_best(scores, kept):
         weights.append(net[0].weight.detach().clone())
         return {"score": next(left)}
 
-    history = fit(
+    fit(
         model, batches, loss, torch.optim.SGD(model.parameters(), lr=0.1), epochs=len(scores),
         evaluate=evaluate, keep_best="score", progress=False,
     )  # fmt: skip
     assert torch.equal(model[0].weight, weights[kept])
-    if kept >= 0:
-        assert history.best("score")["epoch"] == kept + 1
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step():
