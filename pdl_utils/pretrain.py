@@ -30,7 +30,7 @@ from pdl_utils.data_parallel import LabelledBatches, data_parallel, process_grou
 from pdl_utils.datasets.tiny_imagenet import TinyImageNet, tiny_imagenet
 from pdl_utils.evaluation import top1
 from pdl_utils.provenance import device_name
-from pdl_utils.resnet import grow_depth, zero_last_norm
+from pdl_utils.resnet import grow_depth
 from pdl_utils.settings import seed_everything
 from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
 
@@ -50,28 +50,34 @@ def schedule(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r}; write resolution x epochs, as 64x12,96x4") from error
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str, **defaults: object) -> argparse.ArgumentParser:
+    """The options that all programs of pretraining have, with a program's own `defaults`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--arch", choices=("resnet18", "resnet34"), required=True)
     add("--run", type=Path, required=True, help="folder for the resumable state, outside the repository")
-    add("--data", type=Path, help="the data root (default: PDL_DATA, or data/)")
     add("--export", type=Path, help="folder to write the finished weights to")
-    add(
-        "--start-from",
-        type=Path,
-        help="weights to start from: a run's last.pt, or a file that ships; ResNet-18 ones grow",
-    )
-    add("--schedule", type=schedule, default="64x12,96x4,128x2", help="resolution x epochs, …")
+    add("--start-from", type=Path, help="weights to start from: a run's last.pt, or a file that ships")
+    add("--schedule", type=schedule, help="side of the images in pixels x epochs, …")
     add("--stop-after", type=int, help="stop after this many epochs of the schedule, to go on another time")
+    add("--batch-size", type=int, help="of all processes together")
+    add("--lr", type=float)
+    add("--weight-decay", type=float, default=5e-4)
+    add("--seed", type=int, default=0)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__, schedule=schedule("64x12,96x4,128x2"), batch_size=128, lr=0.2)
+    add = parser.add_argument
+    add(
+        "--arch", choices=("resnet18", "resnet34"), required=True, help="ResNet-34 grows from weights of ResNet-18"
+    )
+    add("--data", type=Path, help="the data root (default: PDL_DATA, or data/)")
     add("--resolution", type=int, default=128, help="the side in pixels that the weights are shipped for")
     add("--photo-size", type=int, default=128, help="the side in pixels that suits large photographs best")
-    add("--batch-size", type=int, default=128, help="of all processes together")
-    add("--lr", type=float, default=0.2)
-    add("--weight-decay", type=float, default=5e-4)
     add("--label-smoothing", type=float, default=0.1)
     add("--scale", type=float, nargs=2, default=(0.35, 1.0), help="share of an image in a crop")
-    add("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
@@ -84,8 +90,7 @@ def starting_weights(path: Path) -> dict[str, Tensor]:
 
 def build(args: argparse.Namespace, classes: int) -> nn.Module:
     """The network at the start of training: random, or with the function of the weights to start from."""
-    model = torchvision.models.get_model(args.arch, num_classes=classes)
-    zero_last_norm(model)
+    model = torchvision.models.get_model(args.arch, num_classes=classes, zero_init_residual=True)
     if args.start_from:
         weights = starting_weights(args.start_from)
         arch = "resnet34" if "layer3.5.conv1.weight" in weights else "resnet18"

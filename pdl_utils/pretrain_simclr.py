@@ -23,7 +23,7 @@ from pdl_utils.checkpoints import save_weights
 from pdl_utils.data_parallel import ShuffledBatches, data_parallel, process_group, rank_and_world
 from pdl_utils.datasets.small_images import LabelledImages, cifar10
 from pdl_utils.evaluation import knn_accuracy, outputs
-from pdl_utils.pretrain import facts_of_run, schedule, starting_weights
+from pdl_utils.pretrain import facts_of_run, parser_of, schedule, starting_weights
 from pdl_utils.settings import seed_everything
 from pdl_utils.simclr import FILE, SimCLR, cifar_encoder, two_views
 from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
@@ -104,24 +104,11 @@ def pretrain(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, schedule=schedule("24x30,32x30"), batch_size=512, lr=0.25)
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="folder for the resumable state, outside the repository")
-    add("--export", type=Path, help="folder to write the finished encoder to")
-    add("--schedule", type=schedule, default="24x30,32x30", help="side of the views in pixels x epochs, …")
-    add(
-        "--start-from",
-        type=Path,
-        help="weights to start from: a run's last.pt, or an encoder that ships, whose projection starts anew",
-    )
-    add("--stop-after", type=int, help="stop after this many epochs of the schedule, to go on another time")
     add("--width", type=int, default=32, help="channels of the first stage")
     add("--stem-stride", type=int, default=2)
     add("--temperature", type=float, default=0.2)
-    add("--batch-size", type=int, default=512, help="of all processes together")
-    add("--lr", type=float, default=0.25)
-    add("--weight-decay", type=float, default=5e-4)
-    add("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
@@ -146,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         seed_everything(args.seed)
         data = cifar10()
         model = SimCLR(*cifar_encoder(args.width, args.stem_stride), temperature=args.temperature)
-        if args.start_from:
+        if args.start_from:  # a file that ships holds no projection: that starts anew
             weights = starting_weights(args.start_from)
             whole = any(name.startswith("encoder.") for name in weights)
             (model if whole else model.encoder).load_state_dict(weights)

@@ -145,15 +145,8 @@ def grow_depth(small: ResNet, large: ResNet) -> None:
     if misfits:
         raise ValueError(f"cannot grow: {misfits[0]} and {len(misfits) - 1} more do not fit the larger network")
     large.load_state_dict({**ours, **theirs})
-    zero_last_norm(large, keep=set(theirs))
-
-
-@torch.no_grad()
-def zero_last_norm(model: ResNet, keep: set[str] = frozenset()) -> None:
-    """Scale the last batch norm of every residual block to 0, but for parameters named in `keep`, so
-    that a block starts as the identity (Goyal et al. 2017, sec. 5.1)."""
-    for name, module in model.named_modules():
-        if isinstance(module, BasicBlock) and f"{name}.bn2.weight" not in keep:
+    for name, module in large.named_modules():
+        if isinstance(module, BasicBlock) and f"{name}.bn2.weight" not in theirs:
             nn.init.zeros_(module.bn2.weight)
 
 

@@ -14,7 +14,7 @@ from pdl_utils import checkpoints, pretrain
 from pdl_utils.augment import Augmentation, crop, crop_parameters, normalize
 from pdl_utils.data_parallel import LabelledBatches
 from pdl_utils.datasets import tiny_imagenet as module
-from pdl_utils.resnet import grow_depth, own_network, zero_last_norm
+from pdl_utils.resnet import grow_depth, own_network
 from pdl_utils.training import fit
 
 
@@ -130,15 +130,6 @@ def test_a_grown_network_computes_what_the_small_one_does():
     assert large.layer3[4].bn2.weight.grad.abs().sum() > 0  # the new blocks can learn
     with pytest.raises(ValueError, match="cannot grow"):
         grow_depth(large, small)
-
-
-def test_zeroed_blocks_start_as_the_identity():
-    from torchvision.models import resnet18
-
-    model = resnet18().eval()
-    zero_last_norm(model)
-    x = torch.rand(1, 64, 8, 8)
-    assert torch.equal(model.layer1(x), x)
 
 
 def test_crops_stay_inside_and_keep_their_size():
