@@ -270,6 +270,34 @@ MUTANTS = [
         "recipe.steps",
         ["test_few_labels.py::test_every_set_of_labels_gets_the_same_number_of_steps"],
     ),
+    Mutant(
+        "frequent classes count more in the loss",
+        "few_labels.py",
+        "return (each * weight[batch[1]]).sum() / weight[batch[1]].sum()",
+        "return each.mean()",
+        ["test_few_labels.py::test_every_class_counts_the_same_in_the_loss"],
+    ),
+    Mutant(
+        "frequent classes count more in the probe",
+        "evaluation.py",
+        'class_weight="balanced", ',
+        "",
+        ["test_few_labels.py::test_the_probe_is_scikit_learns_logistic_regression"],
+    ),
+    Mutant(
+        "batch norm not frozen in fine-tuning",
+        "few_labels.py",
+        "            if isinstance(norm, nn.BatchNorm2d):",
+        "            if False:",
+        ["test_few_labels.py::test_frozen_norms_compute_what_they_did_in_eval_mode_and_stay"],
+    ),
+    Mutant(
+        "a shipped encoder is not gone on from",
+        "pretrain_simclr.py",
+        "            (model if whole else model.encoder).load_state_dict(weights)",
+        "            pass",
+        ["test_simclr.py::test_the_program_ships_an_encoder_and_goes_on_from_it"],
+    ),
     # LoRA
     Mutant(
         "A and B both zero",
