@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -164,3 +165,22 @@ def test_grids_curves_and_bars_draw():
 
 def test_the_repository_is_where_the_package_is():
     assert (settings.REPOSITORY / "pyproject.toml").exists()
+
+
+def test_modules_import_what_the_diagram_in_the_readme_allows():
+    readme = (settings.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    diagram = readme.partition("flowchart LR\n")[2].partition("```")[0]
+    boxes = {}
+    for part in re.split(r"-->|\n", diagram):
+        name, _, label = part.strip().partition("[")
+        if name:
+            boxes.setdefault(name, label.strip('"]') or name)
+    place = {module: i for i, label in enumerate(boxes.values()) for module in re.split(" · |<br>", label)}
+    package = settings.REPOSITORY / "pdl_utils"
+    allowed = 0
+    for module, where in place.items():
+        for path in [*package.glob(f"{module}.py"), *package.glob(f"{module}/*.py")]:
+            for other in re.findall(r"^from pdl_utils\.(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+                assert place.get(other, 0) <= where, f"{module} imports {other}, which stands right of it"
+                allowed += other in place
+    assert allowed > 25
