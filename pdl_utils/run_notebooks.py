@@ -19,6 +19,8 @@ from pdl_utils.provenance import RUN_TABLE
 from pdl_utils.settings import get_profile, save_atomically
 
 Notebook = nbformat.NotebookNode
+# nbconvert sets code in outputs, which show_source makes, in the font of prose.
+CODE_STYLE = "<style>.jp-RenderedMarkdown pre { font-family: var(--jp-code-font-family) !important }</style>"
 
 
 def execute(path: Path, cell_timeout: int) -> tuple[Notebook, str | None]:
@@ -77,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             write(notebook, args.out / path.name)
             html, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+            html = html.replace("</head>", f"{CODE_STYLE}</head>", 1)
             page = args.out / f"{path.stem}.html"
             save_atomically(lambda partial, html=html: partial.write_text(html, encoding="utf-8"), page)
         elif not problem:  # a failed run never replaces a good rendering
