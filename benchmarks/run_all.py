@@ -2,8 +2,8 @@
 
     python benchmarks/run_all.py [--rounds N] [--out figures]
 
-About ten minutes (an estimate from short runs) on two CPU cores that nothing else keeps busy. On busy ones, what
-runs in several threads is timed wrongly, by a factor of ten and more. `--rounds 1` is a quick look, best with
+Seven and a half minutes on two CPU cores that nothing else keeps busy. On busy ones, what runs in several
+threads is timed wrongly, by a factor of ten and more. `--rounds 1` is a quick look, best with
 another folder than `figures/`.
 """
 

@@ -101,3 +101,15 @@ def test_every_grad_cam_contestant_runs():
     assert len(calls) == 1 + 2 * 4
     for call in calls.values():
         call()
+
+
+def test_the_readme_gives_the_ratios_that_were_measured():
+    measured = json.loads((REPOSITORY / "figures" / "benchmarks.json").read_text(encoding="utf-8"))
+    section = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## Speed")[2].partition("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:4]] for line in section.splitlines() if line.startswith("| ")
+    ]
+    assert len(rows) > 10
+    for benchmark, what, figure in rows[1:]:
+        found = measured[benchmark]["ratios"][what]
+        assert figure == "{median:.2f} ({min:.2f}–{max:.2f})".format(**found), what
