@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pdl_utils.provenance import device_name
-from pdl_utils.settings import save_atomically
+from pdl_utils.settings import save_text
 
 LIMIT = "(limit)"  # ends the name of a ratio to what nobody can avoid, rather than to a peer
 
@@ -66,4 +66,4 @@ def report(
 
 def save_json(content: Any, file: Path) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    save_atomically(lambda partial: partial.write_text(text, encoding="utf-8"), file)
+    save_text(text, file)

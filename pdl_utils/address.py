@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 
-from pdl_utils.settings import REPOSITORY, save_atomically
+from pdl_utils.settings import REPOSITORY, save_text
 
 MARKERS = ("<!-- badges -->", "<!-- end of badges -->")  # in README.md
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
@@ -62,7 +62,7 @@ def set_address(repository: str, root: Path = REPOSITORY) -> None:
         raise ValueError("README.md has lost its markers for badges, or pyproject.toml its optional dependencies")
     written[readme] = f"{before}{opening}\n{' · '.join(badges)}\n{closing}{after}"
     for path, content in written.items():
-        save_atomically(lambda partial, content=content: partial.write_text(content, encoding="utf-8"), path)
+        save_text(content, path)
 
 
 def _with_address(path: Path, repository: str, badge: str) -> str:

@@ -18,7 +18,7 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from pdl_utils.provenance import Provenance, device_name
-from pdl_utils.settings import REPOSITORY, Profile, pick_device, save_atomically
+from pdl_utils.settings import REPOSITORY, Profile, pick_device, save_atomically, save_text
 
 FIGURES = REPOSITORY / "figures"
 DPI = 100
@@ -77,7 +77,7 @@ def record(
             results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
             results.setdefault(notebook, {})[name] = entry
             text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-            save_atomically(lambda partial: partial.write_text(text, encoding="utf-8"), file)
+            save_text(text, file)
     return entry
 
 
@@ -149,7 +149,7 @@ def update_readme() -> None:
     _, _, after = rest.partition(MARKERS[1])
     results = json.loads((FIGURES / "results.json").read_text(encoding="utf-8"))
     text = f"{before}{MARKERS[0]}\n{readme_table(results)}\n{MARKERS[1]}{after}"
-    save_atomically(lambda partial: partial.write_text(text, encoding="utf-8"), readme)
+    save_text(text, readme)
 
 
 if __name__ == "__main__":  # `make figures` ends with it

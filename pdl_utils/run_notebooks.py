@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 from pdl_utils.provenance import RUN_TABLE
-from pdl_utils.settings import get_profile, save_atomically
+from pdl_utils.settings import get_profile, save_text
 
 Notebook = nbformat.NotebookNode
 # nbconvert sets code in outputs, which show_source makes, in the font of prose.
@@ -52,7 +52,7 @@ def enter_wall_time(notebook: Notebook, seconds: float) -> None:
 
 
 def write(notebook: Notebook, path: Path) -> None:
-    save_atomically(lambda partial: partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8"), path)
+    save_text(nbformat.writes(notebook) + "\n", path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             write(notebook, args.out / path.name)
             html, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
             html = html.replace("</head>", f"{CODE_STYLE}</head>", 1)
-            page = args.out / f"{path.stem}.html"
-            save_atomically(lambda partial, html=html: partial.write_text(html, encoding="utf-8"), page)
+            save_text(html, args.out / f"{path.stem}.html")
         elif not problem:  # a failed run never replaces a good rendering
             write(notebook, path)
     if args.out:

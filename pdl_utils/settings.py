@@ -106,3 +106,8 @@ def save_atomically(write: Callable[[Path], None], path: Path) -> None:
         raise OSError(f"{path} cannot be written; is the disk full? ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write `text` as UTF-8, whole or not at all; raises what `save_atomically` does."""
+    save_atomically(lambda partial: partial.write_text(text, encoding="utf-8"), path)
