@@ -32,8 +32,8 @@ import torch_geometric.nn as pyg
 from side_by_side import LIMIT, measure, report
 from torch import Tensor, nn
 
-from pdl_utils.graph import Graph
-from pdl_utils.graph_attention import GATConv, GATv2Conv
+from pdl_utils.graphs.edges import SortedEdges
+from pdl_utils.graphs.layers import GATConv, GATv2Conv
 
 NODES, DEGREE = 2373, 29  # of one PPI graph, on average
 HEADS, CHANNELS = 4, 256
@@ -61,7 +61,7 @@ def layer_pair(name: str, in_channels: int) -> tuple[nn.Module, nn.Module]:
     return mine, peer
 
 
-def step(layer: nn.Module, x: Tensor, edges: Tensor | Graph) -> Tensor:
+def step(layer: nn.Module, x: Tensor, edges: Tensor | SortedEdges) -> Tensor:
     layer.zero_grad()
     x.grad = None
     out = layer(x, edges)
@@ -78,7 +78,7 @@ def matrix_products(layer: nn.Module, x: Tensor) -> None:
             h @ module.weight.detach()
 
 
-def edge_traffic(rows: Tensor, scores: Tensor, graph: Graph) -> None:
+def edge_traffic(rows: Tensor, scores: Tensor, graph: SortedEdges) -> None:
     """Forward and backward: the edges' rows (N, H·C), read where they lie and summed up; their scores (E, H),
     read and written."""
     order, pointers = graph.by_source
@@ -93,7 +93,7 @@ def measure_time(name: str, in_channels: int, rounds: int, thread_counts: list[i
     nodes, edge_index = two_graphs()
     x = torch.randn(nodes, in_channels, requires_grad=True)
     ours, theirs = layer_pair(name, in_channels)
-    graph = Graph.from_edges(edge_index, nodes)
+    graph = SortedEdges.from_edges(edge_index, nodes)
     rows, scores = torch.randn(nodes, HEADS * CHANNELS), torch.randn(len(graph.source), HEADS)
 
     def limit() -> None:
@@ -104,7 +104,7 @@ def measure_time(name: str, in_channels: int, rounds: int, thread_counts: list[i
         "theirs": lambda: step(theirs, x, edge_index),
         "ours": lambda: step(ours, x, graph),
         "limit": limit,
-        "sorting": lambda: Graph.from_edges(edge_index, nodes).by_source,
+        "sorting": lambda: SortedEdges.from_edges(edge_index, nodes).by_source,
     }
     expected = step(theirs, x, edge_index)
     difference = float((step(ours, x, graph) - expected).abs().max() / expected.abs().max())
@@ -122,7 +122,7 @@ def measure_memory(name: str, in_channels: int, side: str) -> dict[str, float]:
     nodes, edge_index = two_graphs()
     x = torch.randn(nodes, in_channels, requires_grad=True)
     ours, theirs = layer_pair(name, in_channels)
-    layer, edges = (ours, Graph.from_edges(edge_index, nodes)) if side == "ours" else (theirs, edge_index)
+    layer, edges = (ours, SortedEdges.from_edges(edge_index, nodes)) if side == "ours" else (theirs, edge_index)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step(layer, x, edges)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

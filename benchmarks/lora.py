@@ -21,7 +21,7 @@ import torch
 from side_by_side import LIMIT, measure, report
 from torch import Tensor, nn
 
-from pdl_utils.lora import LoRA, add_lora, merge_lora
+from pdl_utils.few_labels.lora import LoRA, add_lora, merge_lora
 
 ALPHA = 12
 CLOCKS = {"cpu": ("CPU time", time.process_time), "wall": ("wall time", time.perf_counter)}

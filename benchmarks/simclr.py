@@ -24,9 +24,9 @@ from side_by_side import LIMIT, measure, report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pdl_utils.augment import normalize
+from pdl_utils.few_labels.simclr import SimCLR, cifar_encoder, nt_xent_loss, two_views
+from pdl_utils.images import normalize
 from pdl_utils.settings import pick_device, seed_everything
-from pdl_utils.simclr import SimCLR, cifar_encoder, nt_xent_loss, two_views
 
 BATCHES, BATCH, SIDE = 4, 512, 32
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pdl_utils.augment import Augmentation, normalize
+from pdl_utils.images import Augmentation, normalize
 from pdl_utils.settings import pick_device
 
 

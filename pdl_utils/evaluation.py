@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from pdl_utils.augment import normalize, resize
+from pdl_utils.images import normalize, resize
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torchvision.models import ResNet, get_model, get_model_weights
 from torchvision.models.resnet import BasicBlock
 
-from pdl_utils.augment import normalize
-from pdl_utils.checkpoints import CHECKPOINTS, load_weights, sha256
 from pdl_utils.datasets.sources import DamagedFile, obtain
+from pdl_utils.images import normalize
 from pdl_utils.provenance import Provenance
 from pdl_utils.settings import progress_wanted
+from pdl_utils.weights import CHECKPOINTS, load_weights, sha256
 
 
 @dataclass
@@ -115,7 +115,7 @@ def torchvision_network(
 
 
 def own_network(arch: str) -> PretrainedNetwork:
-    """The ResNet that `python -m pdl_utils.pretrain` made and that ships in `data/checkpoints/`."""
+    """The ResNet that `python -m scripts.pretrain_resnet` made and that ships in `data/checkpoints/`."""
     weights, facts = load_weights(CHECKPOINTS / f"{arch}_tiny_imagenet.safetensors")
     model = get_model(arch, num_classes=len(facts["categories"]))
     model.load_state_dict(weights)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pdl_utils.cam_metrics import (
+from pdl_utils.grad_cam.metrics import (
     box_masks,
     cascading_randomization,
     energy_in_box,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pdl_utils.checkpoints import DIGESTS, CorruptCheckpoint, load_weights, save_weights, sha256
+from pdl_utils.weights import DIGESTS, CorruptCheckpoint, load_weights, save_weights, sha256
 
 
 @pytest.fixture

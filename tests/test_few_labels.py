@@ -8,10 +8,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from pdl_utils import few_labels
-from pdl_utils.augment import Augmentation
 from pdl_utils.evaluation import linear_probe, outputs, top1
-from pdl_utils.few_labels import Recipe, fine_tune, train_on, without_head
+from pdl_utils.few_labels import transfer as few_labels
+from pdl_utils.few_labels.transfer import Recipe, fine_tune, train_on, without_head
+from pdl_utils.images import Augmentation
 from pdl_utils.resnet import cifar_resnet18
 
 

@@ -7,8 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from pdl_utils.grad_cam import enlarge, grad_cam, guided_backprop, guided_grad_cam, scale_to_one
-from pdl_utils.hooks import find_layers, record_activations
+from pdl_utils.grad_cam.hooks import find_layers, record_activations
+from pdl_utils.grad_cam.maps import enlarge, grad_cam, guided_backprop, guided_grad_cam, scale_to_one
 
 LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 

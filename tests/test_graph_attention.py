@@ -11,11 +11,11 @@ import torch_geometric.nn as pyg
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdl_utils import fast_attention
-from pdl_utils import graph as plain
-from pdl_utils.graph import Graph, edge_softmax
-from pdl_utils.graph_attention import GATConv, GATv2Conv, GCNConv, GraphNet, UniformConv
-from pdl_utils.graph_metrics import (
+from pdl_utils.graphs import edges as plain
+from pdl_utils.graphs import fast_attention
+from pdl_utils.graphs.edges import SortedEdges, edge_softmax
+from pdl_utils.graphs.layers import GATConv, GATv2Conv, GCNConv, GraphNet, UniformConv
+from pdl_utils.graphs.metrics import (
     attention_entropy,
     dirichlet_energy,
     label_f1,
@@ -58,7 +58,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1))
 
 
-def outputs_and_gradients(layer: nn.Module, x: Tensor, edges: Tensor | Graph) -> dict[str, Tensor]:
+def outputs_and_gradients(layer: nn.Module, x: Tensor, edges: Tensor | SortedEdges) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     out = layer(x, edges)
     probe = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)  # a different weight everywhere
@@ -113,7 +113,7 @@ def test_fast_path_equals_plain(conv, tile, monkeypatch):
     slow = copy.deepcopy(net)
     for layer in slow.layers:
         layer.fast = False
-    x, graph = torch.randn(NODES, CHANNELS, dtype=torch.float64), Graph.from_edges(random_edges(), NODES)
+    x, graph = torch.randn(NODES, CHANNELS, dtype=torch.float64), SortedEdges.from_edges(random_edges(), NODES)
     torch.manual_seed(1)
     found = outputs_and_gradients(net, x, graph)
     torch.manual_seed(1)
@@ -127,7 +127,7 @@ def test_attention_is_dropped_in_training_only(fast):
     torch.manual_seed(0)
     net, graph = (
         GraphNet(CHANNELS, 4, "gat", hidden=5, heads=2, dropout=0.5),
-        Graph.from_edges(random_edges(), NODES),
+        SortedEdges.from_edges(random_edges(), NODES),
     )
     for layer in net.layers:
         layer.fast = fast
@@ -141,7 +141,7 @@ def test_attention_is_dropped_in_training_only(fast):
 def test_gradients_against_finite_differences(graph):
     torch.manual_seed(0)
     nodes, edges = GRAPHS[graph]()
-    graph = Graph.from_edges(edges, nodes, self_loops=False)
+    graph = SortedEdges.from_edges(edges, nodes, self_loops=False)
     h, query = (torch.randn(nodes, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     att = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(len(graph.source), 2, dtype=torch.float64, requires_grad=True)
@@ -154,7 +154,7 @@ def test_gradients_against_finite_differences(graph):
 
 
 def test_fast_path_refuses_second_derivatives():
-    graph = Graph.from_edges(random_edges(), NODES)
+    graph = SortedEdges.from_edges(random_edges(), NODES)
     weight = torch.rand(len(graph.source), 1, requires_grad=True)
     h = torch.randn(NODES, 1, 3, requires_grad=True)
     (first,) = torch.autograd.grad(
@@ -179,7 +179,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("layer", [GATConv, GATv2Conv])
 def test_fast_path_never_holds_a_message_for_every_edge(layer, monkeypatch):
     monkeypatch.setattr(fast_attention, "TILE", 2**12)
-    graph = Graph.from_edges(random_edges(edges=3000, nodes=100), 100)
+    graph = SortedEdges.from_edges(random_edges(edges=3000, nodes=100), 100)
     x, messages = torch.randn(100, CHANNELS), len(graph.source) * 4 * 16
     largest = {}
     for fast in (True, False):
@@ -201,7 +201,7 @@ def test_half_precision_takes_the_plain_path():
 def test_attention_rows_sum_to_one_beside_huge_scores():
     """Scores of 1e4 in one neighbourhood and -1e4 in another: a shared maximum would underflow the second."""
     torch.manual_seed(0)
-    graph = Graph.from_edges(random_edges(), NODES)
+    graph = SortedEdges.from_edges(random_edges(), NODES)
     scores = torch.randn(len(graph.source), 4)
     scores[graph.target % 3 == 0] += 1e4
     scores[graph.target % 3 == 1] -= 1e4
@@ -241,7 +241,7 @@ def test_static_and_dynamic_attention():
 
 def test_graph_keeps_track_of_its_edges():
     edges = torch.tensor([[0, 2, 1, 1, 2], [1, 1, 1, 0, 1]])
-    graph = Graph.from_edges(edges, 4)
+    graph = SortedEdges.from_edges(edges, 4)
     assert graph.edge_index.tolist() == [[0, 1, 0, 1, 2, 2, 2, 3], [0, 0, 1, 1, 1, 1, 2, 3]]
     assert graph.degree.tolist() == [2, 4, 1, 1]
     given = graph.origin >= 0
@@ -291,13 +291,13 @@ def test_malformed_features(layer, x, error, says):
 
 
 def test_graph_of_another_size():
-    graph = Graph.from_edges(torch.tensor([[0], [1]]), 3)
+    graph = SortedEdges.from_edges(torch.tensor([[0], [1]]), 3)
     with pytest.raises(ValueError, match=r"shape \(3, 7\), not \(4, 7\)"):
         GATConv(CHANNELS, 5)(torch.randn(4, CHANNELS), graph)
 
 
 def test_net_checks_features_where_the_graph_is_already_made():
-    graph = Graph.from_edges(torch.tensor([[0], [1]]), 3)
+    graph = SortedEdges.from_edges(torch.tensor([[0], [1]]), 3)
     with pytest.raises(ValueError, match="features of node 0 hold NaN"):
         GraphNet(CHANNELS, 4, hidden=5)(torch.full((3, CHANNELS), math.nan), graph)
 
@@ -336,7 +336,9 @@ def test_micro_f1():
 
 
 def test_attention_entropy():
-    graph = Graph.from_edges(torch.tensor([[1, 2], [0, 0]]), 3)  # node 0 has three edges, the others their loop
+    graph = SortedEdges.from_edges(
+        torch.tensor([[1, 2], [0, 0]]), 3
+    )  # node 0 has three edges, the others their loop
     attention = torch.tensor([[1 / 3, 0.5], [1 / 3, 0.5], [1 / 3, 0.0], [1.0, 1.0], [1.0, 1.0]])
     found = attention_entropy(attention, graph)
     torch.testing.assert_close(found, torch.tensor([[math.log(3), math.log(2)], [0, 0], [0, 0]]))
@@ -348,7 +350,7 @@ def test_attention_entropy():
 
 def test_dirichlet_energy():
     x = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
-    graph = Graph.from_edges(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]), 3)
+    graph = SortedEdges.from_edges(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]), 3)
     assert dirichlet_energy(x, graph) == pytest.approx(2 * (25 + 18) / 3)
     assert dirichlet_energy(x, graph, relative=True) == pytest.approx(2 * (25 + 18) / 26)
     assert dirichlet_energy(5 * x, graph, relative=True) == pytest.approx(2 * (25 + 18) / 26)

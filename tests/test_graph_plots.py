@@ -7,9 +7,9 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from pdl_utils import graph_plots
-from pdl_utils.graph import Graph
-from pdl_utils.graph_attention import GraphNet
+from pdl_utils.graphs import plots as graph_plots
+from pdl_utils.graphs.edges import SortedEdges
+from pdl_utils.graphs.layers import GraphNet
 
 STAR = torch.tensor([[1, 2, 3, 1], [0, 0, 0, 2]])  # 1, 2 and 3 around 0; 1 and 2 know each other; 4 is alone
 
@@ -26,13 +26,13 @@ def texts(axis: Axes) -> str:
 
 
 def test_node_of_degree():
-    graph = Graph.from_edges(STAR, 5)
+    graph = SortedEdges.from_edges(STAR, 5)
     assert graph_plots.node_of_degree(graph, 40) == 0
     assert graph_plots.node_of_degree(graph, 2) == 2
 
 
 def test_neighbourhood_shows_weights_and_groups(axis):
-    graph = Graph.from_edges(STAR, 5)
+    graph = SortedEdges.from_edges(STAR, 5)
     weight = torch.where(graph.source == 3, 1.0, 0.5)
     graph_plots.draw_neighbourhood(axis, graph, 0, title="", groups=torch.tensor([7, 7, 8, 8, 8]), weight=weight)
     among, *spokes = axis.lines
@@ -45,7 +45,7 @@ def test_neighbourhood_shows_weights_and_groups(axis):
 
 @pytest.mark.parametrize("self_loops", [True, False])
 def test_neighbourhood_of_a_lonely_node(axis, self_loops):
-    graph_plots.draw_neighbourhood(axis, Graph.from_edges(STAR, 5, self_loops=self_loops), 4, title="alone")
+    graph_plots.draw_neighbourhood(axis, SortedEdges.from_edges(STAR, 5, self_loops=self_loops), 4, title="alone")
     assert not axis.lines
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pdl_utils.lora import (
+from pdl_utils.few_labels.lora import (
     LoRA,
     add_lora,
     load_lora_state_dict,

@@ -19,7 +19,7 @@ from torch_geometric.datasets import PPI
 
 from pdl_utils.datasets import sources
 from pdl_utils.datasets.ppi import TissueGraphs, ppi
-from pdl_utils.datasets.ppi_stand_in import FEATURES, LABELS, PPI_SIZED, SMALL, Recipe, ppi_stand_in
+from pdl_utils.datasets.synthetic_graphs import FEATURES, LABELS, PPI_SIZED, SMALL, Recipe, ppi_stand_in
 
 TINY = Recipe(train=(60, 80), val=(70,), test=(90,), modules=6, complex_size=10, degree=12)
 SIZES = {"train": (7, 9, 5), "valid": (6, 8), "test": (4, 6)}  # nodes of each graph

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from pdl_utils import checkpoints, pretrain
-from pdl_utils.augment import Augmentation, crop, crop_parameters, normalize
+from pdl_utils import weights as checkpoints
 from pdl_utils.data_parallel import LabelledBatches
 from pdl_utils.datasets import tiny_imagenet as module
+from pdl_utils.images import Augmentation, crop, crop_parameters, normalize
 from pdl_utils.resnet import grow_depth, own_network
 from pdl_utils.training import fit
+from scripts import pretrain_resnet as pretrain
 
 
 @pytest.fixture(scope="module")

@@ -37,15 +37,16 @@ from test_training import problem, train
 from torch import nn
 from torchvision.datasets import CIFAR10, Imagenette
 
-from pdl_utils import checkpoints, resnet, results
-from pdl_utils.cam_metrics import insertion_deletion, receptive_field
-from pdl_utils.checkpoints import read_digests, save_weights, sha256
+from pdl_utils import resnet, results
+from pdl_utils import weights as checkpoints
 from pdl_utils.datasets import network, photos, sources
 from pdl_utils.datasets.ppi import ppi
-from pdl_utils.hooks import evaluating, record_activations
+from pdl_utils.grad_cam.hooks import evaluating, record_activations
+from pdl_utils.grad_cam.metrics import insertion_deletion, receptive_field
 from pdl_utils.provenance import Provenance
 from pdl_utils.settings import Profile, save_atomically
 from pdl_utils.training import NonFiniteLoss, UnusableState
+from pdl_utils.weights import read_digests, save_weights, sha256
 
 FORK = multiprocessing.get_context("fork")  # a child has the parent's patches and need not import torch
 FULL = Profile("full", "a test")

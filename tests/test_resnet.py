@@ -9,9 +9,9 @@ from PIL import Image
 from torchvision.models import resnet18
 
 from pdl_utils import resnet
-from pdl_utils.checkpoints import save_weights
 from pdl_utils.datasets.sources import NoRealData, data_root
 from pdl_utils.resnet import pretrained_resnet, torchvision_network
+from pdl_utils.weights import save_weights
 
 
 @pytest.fixture

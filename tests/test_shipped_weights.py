@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from pdl_utils.checkpoints import CHECKPOINTS, load_weights, read_digests
 from pdl_utils.evaluation import outputs
+from pdl_utils.few_labels.simclr import pretrained_encoder
 from pdl_utils.resnet import own_network
 from pdl_utils.settings import REPOSITORY
-from pdl_utils.simclr import pretrained_encoder
+from pdl_utils.weights import CHECKPOINTS, load_weights, read_digests
 
 FILES = sorted(read_digests(CHECKPOINTS))
 README = (CHECKPOINTS / "README.md").read_text(encoding="utf-8")

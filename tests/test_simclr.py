@@ -12,12 +12,13 @@ import torchvision.transforms.v2.functional as TF
 from lightly.loss import NTXentLoss
 from torch import nn
 
-from pdl_utils import augment, pretrain_simclr
-from pdl_utils.augment import Augmentation, color_jitter
+from pdl_utils import images as augment
 from pdl_utils.data_parallel import data_parallel, process_group, rank_and_world
 from pdl_utils.evaluation import knn_accuracy, outputs
+from pdl_utils.few_labels.simclr import SimCLR, cifar_encoder, nt_xent_loss, two_views
+from pdl_utils.images import Augmentation, color_jitter
 from pdl_utils.resnet import cifar_resnet18
-from pdl_utils.simclr import SimCLR, cifar_encoder, nt_xent_loss, two_views
+from scripts import pretrain_simclr
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
@@ -287,7 +288,7 @@ def test_killed_it_resumes_to_the_same_weights(tmp_path):
 
 
 def test_the_program_ships_an_encoder_and_goes_on_from_it(tmp_path, monkeypatch, capsys):
-    from pdl_utils import simclr
+    from pdl_utils.few_labels import simclr
 
     images, labels = images_and_labels(48)
     data = pretrain_simclr.LabelledImages(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdl_utils.graph import Graph
+from pdl_utils.graphs.edges import SortedEdges
 
 
 def micro_f1(logits: Tensor, labels: Tensor) -> float:
@@ -28,7 +28,7 @@ def label_f1(logits: Tensor, labels: Tensor) -> Tensor:
     return 2 * (predicted & wanted).sum(0).double() / (predicted.sum(0) + wanted.sum(0))
 
 
-def attention_entropy(attention: Tensor, graph: Graph, *, relative: bool = False) -> Tensor:
+def attention_entropy(attention: Tensor, graph: SortedEdges, *, relative: bool = False) -> Tensor:
     """Entropy of the attention over the edges into each node: (E, H) → (N, H).
 
     H_i = -Σ_{j→i} α_ij ln α_ij, in nats, from 0 (all on one edge) to ln(degree) (uniform). `relative` divides
@@ -42,12 +42,12 @@ def attention_entropy(attention: Tensor, graph: Graph, *, relative: bool = False
     return entropy / choice.log().unsqueeze(1)
 
 
-def relative_attention(attention: Tensor, graph: Graph) -> Tensor:
+def relative_attention(attention: Tensor, graph: SortedEdges) -> Tensor:
     """α_ij · degree_i, (E, H): 1 where attention is uniform, whatever the neighbourhood's size."""
     return attention * graph.degree.index_select(0, graph.target).unsqueeze(1)
 
 
-def dirichlet_energy(x: Tensor, graph: Graph, *, relative: bool = False) -> float:
+def dirichlet_energy(x: Tensor, graph: SortedEdges, *, relative: bool = False) -> float:
     """How much features differ along edges: 1/N Σ_{j→i} ‖x_i - x_j‖² (Rusch et al. 2023, A survey on
     oversmoothing in graph neural networks, eq. 3); 0 when neighbours are equal.
 

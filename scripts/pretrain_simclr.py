@@ -1,9 +1,9 @@
 """Train this project's own SimCLR encoder on CIFAR-10's training images, without their labels.
 
-    python -m pdl_utils.pretrain_simclr --run runs/simclr --export data/checkpoints
+    python -m scripts.pretrain_simclr --run runs/simclr --export data/checkpoints
 
 Killed at any moment, the same command goes on from the last whole epoch to the same result. Started by
-`torchrun --nproc-per-node N -m pdl_utils.pretrain_simclr …`, every process takes its share of each batch,
+`torchrun --nproc-per-node N -m scripts.pretrain_simclr …`, every process takes its share of each batch,
 and compares with the embeddings of all.
 
 The defaults suit a CPU: a ResNet-18 of half the width whose stem has stride 2. The network of the paper's
@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdl_utils.checkpoints import save_weights
 from pdl_utils.data_parallel import ShuffledBatches, data_parallel, process_group, rank_and_world
 from pdl_utils.datasets.small_images import LabelledImages, cifar10
 from pdl_utils.evaluation import knn_accuracy, outputs
-from pdl_utils.pretrain import facts_of_run, parser_of, schedule, starting_weights
+from pdl_utils.few_labels.simclr import FILE, SimCLR, cifar_encoder, two_views
 from pdl_utils.settings import seed_everything
-from pdl_utils.simclr import FILE, SimCLR, cifar_encoder, two_views
 from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
+from pdl_utils.weights import save_weights
+from scripts.pretrain_resnet import facts_of_run, parser_of, schedule, starting_weights
 
 BANK = 10_000  # training images that kNN accuracy looks its neighbours up in, for …
 QUERIES = 2_000  # … as many others; the test images are not touched

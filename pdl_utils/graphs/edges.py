@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Graph:
+class SortedEdges:
     """Directed edges sorted by target (compressed rows). Build it with `from_edges`, once a batch; every
     layer and every epoch reuses it.
 
@@ -35,7 +35,7 @@ class Graph:
     origin: Tensor
 
     @classmethod
-    def from_edges(cls, edge_index: Tensor, num_nodes: int, *, self_loops: bool = True) -> Graph:
+    def from_edges(cls, edge_index: Tensor, num_nodes: int, *, self_loops: bool = True) -> SortedEdges:
         """Check and sort `edge_index`, integer (2, E), row 0 the sources and row 1 the targets.
 
         Duplicate edges stay, and count as often as they stand there. With `self_loops` every node gets
@@ -114,7 +114,7 @@ def check_features(x: Tensor, channels: int) -> None:
         raise ValueError(f"the features of node {node} hold NaN or infinity ({int((~finite).sum())} such nodes)")
 
 
-def edge_softmax(scores: Tensor, graph: Graph) -> Tensor:
+def edge_softmax(scores: Tensor, graph: SortedEdges) -> Tensor:
     """Softmax over the edges into each target: scores (E, H) → attention (E, H), rows of a target sum to 1.
 
     Each target's own maximum is subtracted first. A global one would underflow whole neighbourhoods
@@ -128,13 +128,13 @@ def edge_softmax(scores: Tensor, graph: Graph) -> Tensor:
     return weight / total.index_select(0, graph.target)
 
 
-def weighted_sum(weight: Tensor, h: Tensor, graph: Graph) -> Tensor:
+def weighted_sum(weight: Tensor, h: Tensor, graph: SortedEdges) -> Tensor:
     """out_i = Σ_{j→i} weight_ij h_j: weight (E, H) and h (N, H, C) → (N, H, C)."""
     messages = weight.unsqueeze(-1) * h.index_select(0, graph.source)
     return torch.zeros_like(h).index_add(0, graph.target, messages)
 
 
-def pair_scores(h: Tensor, query: Tensor, att: Tensor, negative_slope: float, graph: Graph) -> Tensor:
+def pair_scores(h: Tensor, query: Tensor, att: Tensor, negative_slope: float, graph: SortedEdges) -> Tensor:
     """e_ij = attᵀ LeakyReLU(h_j + query_i) for every edge j → i: h, query (N, H, C), att (H, C) → (E, H)."""
     pair = h.index_select(0, graph.source) + query.index_select(0, graph.target)
     return (F.leaky_relu(pair, negative_slope) * att).sum(-1)

@@ -1,12 +1,12 @@
 """Graph convolution and graph attention, from torch operations alone.
 
 - `GCNConv`: Kipf & Welling, Semi-supervised classification with graph convolutional networks, 2017.
-- `GATConv`: Veličković et al., Graph attention networks, 2018.
+- `GATConv`: Veličković et al., SortedEdges attention networks, 2018.
 - `GATv2Conv`: Brody et al., How attentive are graph attention networks?, 2022.
 
 Parameters carry the names and shapes of torch_geometric's layers of the same names: `load_state_dict` takes
 theirs, and outputs and gradients are the same. Every layer takes node features x (N, in_channels) and either
-a `Graph`, used as it is, or an edge_index (2, E): then features and edges are checked, and the edges sorted,
+a `SortedEdges`, used as it is, or an edge_index (2, E): then features and edges are checked, and the edges sorted,
 at every call. A `GraphNet` always checks its input for NaN, once for all of its layers.
 
 Shapes: N nodes, E edges, H heads, C channels a head.
@@ -22,21 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdl_utils import fast_attention
-from pdl_utils import graph as plain
-from pdl_utils.graph import Graph, check_features, edge_softmax
+from pdl_utils.graphs import edges as plain
+from pdl_utils.graphs import fast_attention
+from pdl_utils.graphs.edges import SortedEdges, check_features, edge_softmax
 
 
-def as_graph(x: Tensor, edges: Graph | Tensor, channels: int, self_loops: bool = True) -> Graph:
-    """`edges` as a `Graph` over the rows of `x`; an edge_index is checked and so are the features.
+def as_graph(x: Tensor, edges: SortedEdges | Tensor, channels: int, self_loops: bool = True) -> SortedEdges:
+    """`edges` as a `SortedEdges` over the rows of `x`; an edge_index is checked and so are the features.
 
     Raises:
-        TypeError, ValueError: as `Graph.from_edges` and `check_features`; or the graph has another number
+        TypeError, ValueError: as `SortedEdges.from_edges` and `check_features`; or the graph has another number
             of nodes than `x`.
     """
-    if not isinstance(edges, Graph):
+    if not isinstance(edges, SortedEdges):
         check_features(x, channels)
-        return Graph.from_edges(edges, len(x), self_loops=self_loops)
+        return SortedEdges.from_edges(edges, len(x), self_loops=self_loops)
     if x.shape != (edges.num_nodes, channels):
         raise ValueError(f"node features must have shape ({edges.num_nodes}, {channels}), not {tuple(x.shape)}")
     return edges
@@ -94,7 +94,7 @@ class GCNConv(GraphConv):
         super().__init__(in_channels, out_channels, **options)
         self.lin = glorot_linear(in_channels, out_channels, bias=False)
 
-    def forward(self, x: Tensor, edges: Graph | Tensor) -> Tensor:
+    def forward(self, x: Tensor, edges: SortedEdges | Tensor) -> Tensor:
         graph = as_graph(x, edges, self.in_channels, self.self_loops)
         scale = graph.degree.to(x.dtype).pow(-0.5).masked_fill(graph.degree == 0, 0.0)
         weight = scale[graph.source] * scale[graph.target]  # (E,)
@@ -128,12 +128,12 @@ class AttentionConv(GraphConv):
         """(N, H·C) → (N, H, C)."""
         return h.view(len(h), self.heads, self.out_channels)
 
-    def messages_and_scores(self, x: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+    def messages_and_scores(self, x: Tensor, graph: SortedEdges) -> tuple[Tensor, Tensor]:
         """h (N, H, C) and e (E, H)."""
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, edges: Graph | Tensor, *, return_attention: bool = False
+        self, x: Tensor, edges: SortedEdges | Tensor, *, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         """(N, H·C), or (N, C) for the heads' mean. With `return_attention` also the edge_index (2, E) in the
         graph's order, self-loops included, and the attention (E, H) over it, before dropout."""
@@ -154,7 +154,7 @@ class GATConv(AttentionConv):
         self.lin = glorot_linear(in_channels, heads * out_channels, bias=False)
         self.att_src, self.att_dst = (attention_vector(heads, out_channels) for _ in range(2))
 
-    def messages_and_scores(self, x: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+    def messages_and_scores(self, x: Tensor, graph: SortedEdges) -> tuple[Tensor, Tensor]:
         h = self.split_heads(self.lin(x))
         from_source, from_target = (h * self.att_src).sum(-1), (h * self.att_dst).sum(-1)  # (N, H)
         pair = from_source.index_select(0, graph.source) + from_target.index_select(0, graph.target)
@@ -170,7 +170,7 @@ class GATv2Conv(AttentionConv):
         self.lin_l, self.lin_r = (glorot_linear(in_channels, width, bias) for _ in range(2))
         self.att = attention_vector(heads, out_channels)
 
-    def messages_and_scores(self, x: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+    def messages_and_scores(self, x: Tensor, graph: SortedEdges) -> tuple[Tensor, Tensor]:
         h, query = self.split_heads(self.lin_l(x)), self.split_heads(self.lin_r(x))
         kernels = self.kernels(h)
         return h, kernels.pair_scores(h, query, self.att.squeeze(0), self.negative_slope, graph)
@@ -183,7 +183,7 @@ class UniformConv(AttentionConv):
         super().__init__(in_channels, out_channels, heads, **options)
         self.lin = glorot_linear(in_channels, heads * out_channels, bias=False)
 
-    def messages_and_scores(self, x: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+    def messages_and_scores(self, x: Tensor, graph: SortedEdges) -> tuple[Tensor, Tensor]:
         h = self.split_heads(self.lin(x))
         return h, h.new_zeros(len(graph.source), self.heads)
 
@@ -191,7 +191,7 @@ class UniformConv(AttentionConv):
 class Edgeless(nn.Linear):
     """The layer of an MLP: it sees no edges."""
 
-    def forward(self, x: Tensor, graph: Graph) -> Tensor:
+    def forward(self, x: Tensor, graph: SortedEdges) -> Tensor:
         return super().forward(x)
 
 
@@ -246,7 +246,7 @@ class GraphNet(nn.Module):
         self.layers = nn.ModuleList(layer(index) for index in range(depth))
 
     def forward(
-        self, x: Tensor, edges: Graph | Tensor, *, return_trace: bool = False
+        self, x: Tensor, edges: SortedEdges | Tensor, *, return_trace: bool = False
     ) -> Tensor | tuple[Tensor, Trace]:
         """Logits (N, num_labels); a label is predicted where its logit is positive. With `return_trace`
         also what the layers computed on the way."""

@@ -1,11 +1,11 @@
 """Train this project's own ResNet-18 and ResNet-34 on Tiny ImageNet.
 
-    python -m pdl_utils.pretrain --arch resnet18 --run runs/resnet18 --export data/checkpoints
-    python -m pdl_utils.pretrain --arch resnet34 --run runs/resnet34 --export data/checkpoints \\
+    python -m scripts.pretrain_resnet --arch resnet18 --run runs/resnet18 --export data/checkpoints
+    python -m scripts.pretrain_resnet --arch resnet34 --run runs/resnet34 --export data/checkpoints \\
         --start-from data/checkpoints/resnet18_tiny_imagenet.safetensors --schedule 96x1,128x2 --lr 0.05
 
 Killed at any moment, the same command goes on from the last whole epoch to the same result. Started by
-`torchrun --nproc-per-node N -m pdl_utils.pretrain …`, every process takes its share of each batch.
+`torchrun --nproc-per-node N -m scripts.pretrain_resnet …`, every process takes its share of each batch.
 
 The recipe: SGD with Nesterov momentum, one cosine cycle, label smoothing, weight decay on kernels only,
 residual blocks that start as the identity, and images that grow during training. ResNet-34 starts as the
@@ -24,15 +24,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pdl_utils.augment import Augmentation
-from pdl_utils.checkpoints import load_weights, save_weights
 from pdl_utils.data_parallel import LabelledBatches, data_parallel, process_group, rank_and_world
 from pdl_utils.datasets.tiny_imagenet import TinyImageNet, tiny_imagenet
 from pdl_utils.evaluation import top1
+from pdl_utils.images import Augmentation
 from pdl_utils.provenance import device_name
 from pdl_utils.resnet import grow_depth
 from pdl_utils.settings import seed_everything
 from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
+from pdl_utils.weights import load_weights, save_weights
 
 RESOLUTIONS = (64, 128)  # at which a finished network is evaluated
 

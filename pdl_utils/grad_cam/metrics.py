@@ -17,7 +17,7 @@ from scipy.stats import binomtest, spearmanr
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from pdl_utils.hooks import evaluating, find_layers, record_activations
+from pdl_utils.grad_cam.hooks import evaluating, find_layers, record_activations
 
 
 def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdl_utils.augment import Augmentation, normalize
-from pdl_utils.checkpoints import CHECKPOINTS, load_weights
 from pdl_utils.data_parallel import rank_and_world
+from pdl_utils.images import Augmentation, normalize
 from pdl_utils.provenance import Provenance
 from pdl_utils.resnet import cifar_resnet18
+from pdl_utils.weights import CHECKPOINTS, load_weights
 
 FILE = "simclr_cifar10.safetensors"
 
@@ -131,7 +131,7 @@ def cifar_encoder(width: int = 64, stem_stride: int = 1) -> tuple[nn.Module, int
 
 
 def pretrained_encoder() -> tuple[nn.Module, Provenance, dict[str, Any]]:
-    """The encoder that `python -m pdl_utils.pretrain_simclr` made and that ships in `data/checkpoints/`, in
+    """The encoder that `python -m scripts.pretrain_simclr` made and that ships in `data/checkpoints/`, in
     eval mode; where it comes from; and the facts of its training.
 
     Raises:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from pdl_utils.augment import Augmentation
 from pdl_utils.data_parallel import LabelledBatches
 from pdl_utils.evaluation import linear_probe, outputs
+from pdl_utils.images import Augmentation
 from pdl_utils.training import History, fit, warmup_cosine, weight_decay_groups
 
 

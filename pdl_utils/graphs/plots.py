@@ -11,19 +11,19 @@ from matplotlib.patches import FancyBboxPatch
 from scipy.cluster.hierarchy import leaves_list, linkage
 from torch import Tensor
 
-from pdl_utils.graph import Graph
-from pdl_utils.graph_attention import AttentionConv, Edgeless, GraphNet
+from pdl_utils.graphs.edges import SortedEdges
+from pdl_utils.graphs.layers import AttentionConv, Edgeless, GraphNet
 from pdl_utils.plots import COLORS, HEAT, SIGNED
 
 
-def node_of_degree(graph: Graph, wanted: int) -> int:
+def node_of_degree(graph: SortedEdges, wanted: int) -> int:
     """The node whose number of edges comes closest to `wanted`; the first of equals."""
     return int((graph.degree - wanted).abs().argmin())
 
 
 def draw_neighbourhood(
     axis: Axes,
-    graph: Graph,
+    graph: SortedEdges,
     centre: int,
     *,
     title: str,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from pdl_utils.graph import Graph
+from pdl_utils.graphs.edges import SortedEdges
 
 TILE = 2**18  # numbers in a tile: 1 MB of float32, about a core's second-level cache
 
@@ -29,12 +29,12 @@ def applies_to(h: Tensor) -> bool:
     return h.device.type == "cpu" and h.dtype in (torch.float32, torch.float64)
 
 
-def weighted_sum(weight: Tensor, h: Tensor, graph: Graph) -> Tensor:
+def weighted_sum(weight: Tensor, h: Tensor, graph: SortedEdges) -> Tensor:
     """out_i = Σ_{j→i} weight_ij h_j: weight (E, H) and h (N, H, C) → (N, H, C)."""
     return _WeightedSum.apply(weight, h, graph)
 
 
-def pair_scores(h: Tensor, query: Tensor, att: Tensor, negative_slope: float, graph: Graph) -> Tensor:
+def pair_scores(h: Tensor, query: Tensor, att: Tensor, negative_slope: float, graph: SortedEdges) -> Tensor:
     """e_ij = attᵀ LeakyReLU(h_j + query_i) for every edge j → i: h, query (N, H, C), att (H, C) → (E, H)."""
     return _PairScores.apply(h, query, att, negative_slope, graph)
 
@@ -61,7 +61,7 @@ def _by_head(x: Tensor) -> Tensor:
 
 class _WeightedSum(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, weight: Tensor, h: Tensor, graph: Graph) -> Tensor:
+    def forward(ctx: FunctionCtx, weight: Tensor, h: Tensor, graph: SortedEdges) -> Tensor:
         ctx.save_for_backward(weight, h)
         ctx.graph = graph
         return _bags(weight, _by_head(h), graph.source, graph.rowptr)
@@ -70,7 +70,7 @@ class _WeightedSum(Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, h = ctx.saved_tensors
-        graph: Graph = ctx.graph
+        graph: SortedEdges = ctx.graph
         grad = _by_head(grad)
         grad_weight = grad_h = None
         if ctx.needs_input_grad[0]:
@@ -81,7 +81,7 @@ class _WeightedSum(Function):
         return grad_weight, grad_h, None
 
 
-def _edge_products(h: Tensor, grad: Tensor, graph: Graph) -> Tensor:
+def _edge_products(h: Tensor, grad: Tensor, graph: SortedEdges) -> Tensor:
     """⟨h_j, grad_i⟩ for every edge j → i: h, grad (H, N, C) → (H, E)."""
     heads, _, channels = h.shape
     product = h.new_empty(heads, len(graph.source))
@@ -98,7 +98,7 @@ def _edge_products(h: Tensor, grad: Tensor, graph: Graph) -> Tensor:
 class _PairScores(Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, h: Tensor, query: Tensor, att: Tensor, negative_slope: float, graph: Graph
+        ctx: FunctionCtx, h: Tensor, query: Tensor, att: Tensor, negative_slope: float, graph: SortedEdges
     ) -> Tensor:
         h, query = _by_head(h), _by_head(query)
         ctx.save_for_backward(h, query, att)
@@ -112,7 +112,7 @@ class _PairScores(Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, query, att = ctx.saved_tensors
-        graph: Graph = ctx.graph
+        graph: SortedEdges = ctx.graph
         grad = grad.t().contiguous()
         grad_h, grad_query, grad_att = (torch.zeros_like(x) for x in (h, query, att))
         for k, tile, pair, spare in _pairs(h, query, graph):
@@ -129,7 +129,7 @@ class _PairScores(Function):
         return grad_h.transpose(0, 1), grad_query.transpose(0, 1), grad_att, None, None
 
 
-def _pairs(h: Tensor, query: Tensor, graph: Graph) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+def _pairs(h: Tensor, query: Tensor, graph: SortedEdges) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
     """Head by head and tile by tile: the head, the tile, h_j + query_i of its edges, and a spare buffer of
     the same shape. Both are overwritten by the next tile."""
     heads, _, channels = h.shape

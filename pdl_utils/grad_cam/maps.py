@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pdl_utils.hooks import Layer, evaluating, find_layers, record_activations
+from pdl_utils.grad_cam.hooks import Layer, evaluating, find_layers, record_activations
 
 Classes = int | Sequence[int] | Tensor | None
 
