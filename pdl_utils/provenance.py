@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 
 import torch
 import torchvision
 
+from pdl_utils.datasets.sources import Provenance
 from pdl_utils.settings import Profile
 
 RUN_TABLE = "| run | with |"  # head of the table that `describe_run` makes
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Origin of a data set or of weights.
-
-    Attributes:
-        name: what it is, "CIFAR-10".
-        source: where it came from, "official files" or "stand-in: crops of sample photographs".
-        real: False for a stand-in.
-    """
-
-    name: str
-    source: str
-    real: bool = True
-
-    @property
-    def tag(self) -> str:
-        """What a figure's title appends: nothing for real data, a plain word for a stand-in."""
-        return "" if self.real else f" · stand-in for {self.name}"
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.source}"
 
 
 def device_name(device: torch.device) -> str:

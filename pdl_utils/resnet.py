@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torchvision.models import ResNet, get_model, get_model_weights
 from torchvision.models.resnet import BasicBlock
 
-from pdl_utils.datasets.sources import DamagedFile, obtain
+from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain
 from pdl_utils.images import normalize
-from pdl_utils.provenance import Provenance
 from pdl_utils.settings import progress_wanted
 from pdl_utils.weights import CHECKPOINTS, load_weights, sha256
 

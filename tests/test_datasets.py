@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -31,8 +32,10 @@ from conftest import FileServer
 from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST, Imagenette
 
-from pdl_utils.datasets import network, photos, small_images, sources, stand_ins, tiny_imagenet
-from pdl_utils.provenance import Provenance
+from pdl_utils.datasets import network, photos, small_images, sources, stand_ins
+from pdl_utils.datasets.sources import Provenance
+
+tiny_imagenet = importlib.import_module("pdl_utils.datasets.tiny_imagenet")  # not the function
 
 REAL_DATA = Path(os.environ.get("PDL_DATA", "")).expanduser()
 WNIDS = ["n01443537", "n02123045"]

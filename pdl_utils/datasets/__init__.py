@@ -8,3 +8,14 @@ stand-in, prints which it was, and says so in the result's `.provenance`:
     tiny_imagenet   tiny_imagenet(split, limit), without a stand-in
     ppi             ppi()
 """
+
+from pdl_utils.datasets.photos import Photos, imagenet_photos
+from pdl_utils.datasets.ppi import TissueGraphs, ppi
+from pdl_utils.datasets.small_images import LabelledImages, cifar10, mnist
+from pdl_utils.datasets.sources import DamagedFile, NoRealData, Provenance
+from pdl_utils.datasets.tiny_imagenet import TinyImageNet, tiny_imagenet
+
+__all__ = [
+    "DamagedFile", "LabelledImages", "NoRealData", "Photos", "Provenance", "TinyImageNet", "TissueGraphs",
+    "cifar10", "imagenet_photos", "mnist", "ppi", "tiny_imagenet",
+]  # fmt: skip

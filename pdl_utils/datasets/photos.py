@@ -13,8 +13,7 @@ from torchvision.datasets import Imagenette
 from torchvision.datasets.folder import make_dataset
 
 from pdl_utils.datasets import stand_ins
-from pdl_utils.datasets.sources import DamagedFile, data_root, obtain
-from pdl_utils.provenance import Provenance
+from pdl_utils.datasets.sources import DamagedFile, Provenance, data_root, obtain
 
 OWN_FOLDER = "imagenet-samples"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}

@@ -14,9 +14,8 @@ import torch
 from torch_geometric.data import Data
 from torch_geometric.datasets import PPI
 
-from pdl_utils.datasets.sources import DamagedFile, obtain
+from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain
 from pdl_utils.datasets.synthetic_graphs import FEATURES, LABELS, PPI_SIZED, Recipe, ppi_stand_in
-from pdl_utils.provenance import Provenance
 
 PARTS = {"train": "train", "val": "valid", "test": "test"}  # split → what its raw files begin with
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, MNIST
 
 from pdl_utils.datasets import stand_ins
-from pdl_utils.datasets.sources import obtain, verify_md5
-from pdl_utils.provenance import Provenance
+from pdl_utils.datasets.sources import Provenance, obtain, verify_md5
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 # torchvision checks the MD5 of MNIST's archives, but not of the unpacked files that it reads.

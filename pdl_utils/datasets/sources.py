@@ -12,10 +12,10 @@ The environment has the last word:
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -23,11 +23,33 @@ from filelock import FileLock
 from torchvision.datasets.utils import check_md5
 
 from pdl_utils.datasets.network import careful_downloads, network_problem
-from pdl_utils.provenance import Provenance
-from pdl_utils.settings import REPOSITORY, flag
+from pdl_utils.settings import data_root, flag
 
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds between two attempts
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Origin of a data set or of weights.
+
+    Attributes:
+        name: what it is, "CIFAR-10".
+        source: where it came from, "official files" or "stand-in: crops of sample photographs".
+        real: False for a stand-in.
+    """
+
+    name: str
+    source: str
+    real: bool = True
+
+    @property
+    def tag(self) -> str:
+        """What a figure's title appends: nothing for real data, a plain word for a stand-in."""
+        return "" if self.real else f" · stand-in for {self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.source}"
 
 
 class Sourced(Protocol):
@@ -50,15 +72,6 @@ class DamagedFile(Exception):
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path} {problem}")
         self.path = path
-
-
-def data_root() -> Path:
-    """`PDL_DATA` if set; else `data/` of the checkout that this package is installed from, whatever the
-    current folder is; else (a package copied into site-packages) a folder in the user's cache."""
-    if named := os.environ.get("PDL_DATA", "").strip():
-        return Path(named).expanduser().absolute()
-    checked_out = (REPOSITORY / "pyproject.toml").exists()
-    return REPOSITORY / "data" if checked_out else Path.home() / ".cache" / "pdl-utils"
 
 
 def obtain(

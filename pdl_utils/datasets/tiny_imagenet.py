@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.utils import download_and_extract_archive
 
-from pdl_utils.datasets.sources import DamagedFile, obtain
-from pdl_utils.provenance import Provenance
+from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain
 
 FOLDER = "tiny-imagenet-200"
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
