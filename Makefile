@@ -1,22 +1,22 @@
-# Each target sets itself up on a fresh machine with Python 3.10+, and installs once.
-#   make notebooks   run all notebooks in the profile that fits the machine; copies and HTML in build/
-#   make test        unit, parity and fault tests, then every notebook again, fast and offline
+# Each target sets itself up on a machine with Python 3.10 or newer, and installs once.
+#   make notebooks   run all notebooks in the profile that fits the machine; copies and HTML in build/notebooks/
+#   make test        unit, parity and fault tests, then every notebook again, small and offline
+#   make figures     render the committed notebooks anew, in the full profile, then docs/results.md and README
+#   make bench       side-by-side timings against the peers
 #   make mutants     deliberate mistakes in the code, one at a time: would the tests notice?
-#   make bench       side-by-side timings against the peers, 15 minutes at most; figures/benchmarks.json and .png
-#   make figures     render the committed notebooks anew, in place and in the full profile
 #   make lint        ruff over code and notebooks
-#   make address REPOSITORY=owner/name   write the address on GitHub where it belongs, with badges for Colab
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 QUICKLY := PDL_PROFILE=fast PDL_OFFLINE=1 PDL_PROGRESS=0
-NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --timeout=900 -x -q
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=150 --timeout=200 -x -q
 
-.PHONY: notebooks test mutants bench figures lint address clean
+.PHONY: notebooks test figures bench mutants lint clean
 
-notebooks: $(VENV)/.ready-test
-	$(BIN)/python -m pdl_utils.run_notebooks --out build/notebooks $(NOTEBOOKS)
+notebooks: $(VENV)/.ready
+	PYTHON=$(BIN)/python sh scripts/run_notebooks.sh build/notebooks $(NOTEBOOKS)
+	@echo "executed notebooks and their HTML: build/notebooks/ (formulas in the HTML need a network)"
 
 test: $(VENV)/.ready-test
 	$(QUICKLY) $(BIN)/python -m pytest tests
@@ -24,27 +24,29 @@ test: $(VENV)/.ready-test
 	  $(QUICKLY) $(BIN)/python -m pytest $(NBVAL) $$notebook; \
 	done
 
-mutants: $(VENV)/.ready-test
-	$(BIN)/python tests/mutants.py
+figures: $(VENV)/.ready
+	PYTHON=$(BIN)/python PDL_PROFILE=full PDL_PROGRESS=0 sh scripts/run_notebooks.sh --in-place $(NOTEBOOKS)
+	$(BIN)/python scripts/make_docs.py
 
 bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/run_all.py
 
-figures: $(VENV)/.ready-test
-	PDL_PROFILE=full PDL_PROGRESS=0 $(BIN)/python -m pdl_utils.run_notebooks --in-place $(NOTEBOOKS)
-	$(BIN)/python -m pdl_utils.results
+mutants: $(VENV)/.ready-test
+	$(BIN)/python tests/mutants.py
 
 lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-address: $(VENV)/.ready-test
-	$(BIN)/python -m pdl_utils.address '$(REPOSITORY)'
-
+# A torch that is there already (a CPU-only one, say) satisfies pyproject.toml, so pip leaves it alone.
 # The stamp is written last: an installation that was cut short is taken up again.
-$(VENV)/.ready-%: pyproject.toml
+$(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed, this is ' + sys.version)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.ready-%: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
