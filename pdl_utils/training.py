@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pdl_utils.data_parallel import rank_and_world
-from pdl_utils.settings import progress_wanted, save_atomically
+from pdl_utils.settings import data_root, progress_wanted, save_atomically
 
 
 class Batches(Protocol):
@@ -69,13 +71,35 @@ def warmup_cosine(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _resume(
-    checkpoint: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-) -> tuple[History, dict[str, Any] | None]:
-    """Put everything back to where `checkpoint` was saved; the history and the best epoch until then."""
+def sgd(
+    model: nn.Module, lr: float, weight_decay: float, steps: int, warmup: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """SGD with Nesterov momentum 0.9, weight decay on matrices and kernels only, and one `warmup_cosine` over
+    `steps` batches."""
+    groups = weight_decay_groups(model, weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    return optimizer, warmup_cosine(optimizer, steps, warmup)
+
+
+def run_file(name: str, **settings: Any) -> Path:
+    """Where the state of one training is kept: `runs/{name}-{digest of settings}.pt` under the data root.
+
+    Given to `fit` as `checkpoint`, it makes a notebook that takes hours on a slow machine resumable: a training
+    that was cut goes on, one that is finished is read back, and one whose settings changed starts anew, since
+    its name is another. Delete the folder `runs/` to train everything again.
+
+    Args:
+        name: what people call it, such as "GAT, seed 0".
+        settings: all that decides the result, JSON values: sizes, epochs, seed, data.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return data_root() / "runs" / f"{readable}-{digest}.pt"
+
+
+def _resume(checkpoint: Path, parts: Mapping[str, Any], epochs: int) -> tuple[History, dict[str, Any] | None]:
+    """Put model, optimizer and scheduler back to where `checkpoint` was saved; the history and the best epoch
+    until then."""
     with checkpoint.open("rb") as file:  # one that may not be read is not damaged
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -83,15 +107,61 @@ def _resume(
             problem = f"{checkpoint} is damaged ({type(error).__name__}); delete it to start over"
             raise UnusableState(problem) from error
     try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(state["scheduler"])
+        rows, finished = state["history"], "optimizer" not in state
+        if finished and len(rows) != epochs:
+            raise ValueError(f"it holds a training of {len(rows)} epochs that is finished, not of {epochs}")
+        for name in ["model"] if finished else parts:
+            parts[name].load_state_dict(state[name])
+        if finished:
+            return History(rows), None
         torch.set_rng_state(state["rng"])
-        return History(state["history"]), state["best"]
+        return History(rows), state["best"]
     except Exception as error:
-        problem = f"{checkpoint} is not the state of this model, optimizer and scheduler; delete it to start over"
-        raise UnusableState(problem) from error
+        problem = f"{checkpoint} is not a state of this model, optimizer and scheduler; delete it to start over"
+        raise UnusableState(f"{problem} ({error})") from error
+
+
+def _train_epoch(
+    model: nn.Module,
+    todo: Batches,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    *,
+    clip_norm: float | None,
+    autocast: bool,
+    where: str,
+    tick: Callable[[float], None],
+) -> float:
+    """One pass over the batches `todo`; the mean loss. `tick` is told which share of them is done."""
+    device = next(model.parameters()).device
+    model.train()
+    total = 0.0
+    for count, batch in enumerate(todo, 1):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = loss_fn(model, batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"{where}, batch {count}: loss is {value}; "
+                "lower the learning rate, clip gradients (clip_norm=1) or check the input for NaN"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        total += value
+        tick(count / len(todo))
+    # A gradient of NaN shows in the next batch's loss, but for the last batch's: once an epoch is enough.
+    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
+        raise NonFiniteWeights(
+            f"{where}: weights are NaN or infinite, though the losses are not; "
+            "look for a gradient of NaN, as of the root of 0, or lower the learning rate"
+        )
+    return total / max(1, len(todo))
 
 
 def fit(
@@ -107,6 +177,7 @@ def fit(
     clip_norm: float | None = None,
     autocast: bool = False,
     checkpoint: Path | None = None,
+    save: bool = True,
     examples: int | None = None,
     label: str = "train",
     progress: bool | None = None,
@@ -114,23 +185,23 @@ def fit(
     """Train `model` in place, in train mode, and leave it in eval mode.
 
     Args:
-        model: whatever `loss_fn` understands.
+        model: whatever `loss_fn` understands; it may be wrapped in DistributedDataParallel.
         batches: gives the batches of an epoch (0-based), with a length, in an order that depends on the
             epoch alone; that, and the random state in the checkpoint, makes a resumed run equal an
             unbroken one.
         loss_fn: `loss_fn(model, batch)` is a scalar tensor to minimise.
         optimizer, scheduler: the scheduler steps once a batch.
-            A model in DistributedDataParallel is trained by all its processes; the first one saves.
         evaluate: called in eval mode and without gradients after every epoch; its numbers join the history.
         keep_best: the name of a number from `evaluate`; the weights of the epoch in which it was
             largest are restored at the end (early stopping without stopping), the last ones if it was
             never finite.
         clip_norm: largest Euclidean norm of the joint gradient.
-        autocast: compute in bfloat16 where that is safe (`torch.autocast`).
-        checkpoint: file to save to after every epoch and, if it exists, to go on from.
+        autocast: compute in bfloat16 where that is safe (`torch.autocast`); see `bfloat16_is_faster`.
+        checkpoint: file to save to after every epoch and, if it exists, to go on from. After the last epoch it
+            keeps the weights and the history alone: a finished training is read back, not repeated.
+        save: write `checkpoint`; of several processes, one does.
         examples: how many examples an epoch holds, to report them a second; batches otherwise.
-        label, progress: what the progress line says, and whether the first process shows it; None shows it
-            unless `PDL_PROGRESS=0`.
+        label, progress: what the progress line says, and whether it shows; None: unless `PDL_PROGRESS=0`.
 
     Raises:
         NonFiniteLoss: at the first batch whose loss is NaN or infinite, before its step is taken.
@@ -141,69 +212,44 @@ def fit(
     Returns:
         One row an epoch.
     """
-    device = next(model.parameters()).device
-    bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    first_process = rank_and_world()[0] == 0
+    bare = getattr(model, "module", model)  # without DistributedDataParallel's wrapper
+    parts = {"model": bare, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {name: part for name, part in parts.items() if part is not None}
     history, best = History(), None
     if checkpoint is not None and checkpoint.exists():
-        history, best = _resume(checkpoint, bare, optimizer, scheduler)
-    first = len(history.rows)
-    if progress is None:
-        progress = progress_wanted()
+        history, best = _resume(checkpoint, parts, epochs)
+    done = len(history.rows)
+    unit, each = ("img", examples) if examples else ("epoch", 1)
+    progress = progress_wanted() if progress is None else progress
     bar = tqdm(
-        total=(examples or 1) * epochs, initial=(examples or 1) * first, desc=label,
-        unit="img" if examples else "epoch", disable=not (progress and first_process), mininterval=1,
-        dynamic_ncols=True,
-    )  # fmt: skip
-    for epoch in range(first, epochs):
-        started, total, count = time.perf_counter(), 0.0, 0
-        model.train()
-        todo = batches(epoch)
-        for batch in todo:
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                loss = loss_fn(model, batch)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise NonFiniteLoss(
-                    f"{label}: loss is {value} in epoch {epoch + 1}, batch {count + 1}; "
-                    "lower the learning rate, clip gradients (clip_norm=1) or check the input for NaN"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if clip_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            total, count = total + value, count + 1
-            if examples:
-                bar.update(examples * count // len(todo) - examples * (count - 1) // len(todo))
-        # A gradient of NaN shows in the next batch's loss, but for the last batch's: once an epoch is enough.
-        if not nn.utils.get_total_norm([p.detach() for p in model.parameters() if p.requires_grad]).isfinite():
-            raise NonFiniteWeights(
-                f"{label}: weights are NaN or infinite after epoch {epoch + 1}, though its losses are not; "
-                "look for a gradient of NaN, as of the root of 0, or lower the learning rate"
-            )
+        total=each * epochs, initial=each * done, desc=label, unit=unit, disable=not progress, mininterval=1
+    )
+    for epoch in range(done, epochs):
+        started, todo = time.perf_counter(), batches(epoch)
+        loss = _train_epoch(
+            model, todo, loss_fn, optimizer, scheduler, clip_norm=clip_norm, autocast=autocast,
+            where=f"{label}, epoch {epoch + 1}",
+            tick=lambda share, epoch=epoch: bar.update(int(each * (epoch + share)) - bar.n),
+        )  # fmt: skip
+        row = {"epoch": epoch + 1, "loss": loss, "seconds": time.perf_counter() - started}
         model.eval()
-        row = {"epoch": epoch + 1, "loss": total / max(1, count), "seconds": time.perf_counter() - started}
         if evaluate is not None:
             with torch.no_grad():
                 row.update(evaluate(bare))
         history.rows.append(row)
-        bar.update(0 if examples else 1)
         bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k not in ("epoch", "seconds")})
         if keep_best is not None and (best["value"] if best else -math.inf) < row[keep_best] < math.inf:
             weights = {k: v.detach().clone() for k, v in bare.state_dict().items()}
             best = {"value": row[keep_best], "weights": weights}
-        if checkpoint is not None and first_process:
-            state = {
-                "model": bare.state_dict(), "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict() if scheduler else None,
-                "rng": torch.get_rng_state(), "history": history.rows, "best": best,
-            }  # fmt: skip
+        if checkpoint is not None and save and epoch + 1 < epochs:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"rng": torch.get_rng_state(), "history": history.rows, "best": best}
             save_atomically(lambda path, state=state: torch.save(state, path), checkpoint)
     bar.close()
     if best is not None:
         bare.load_state_dict(best["weights"])
+    if checkpoint is not None and save and done < epochs:
+        finished = {"model": bare.state_dict(), "history": history.rows}
+        save_atomically(lambda path: torch.save(finished, path), checkpoint)
     model.eval()
     return history

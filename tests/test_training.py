@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -14,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pdl_utils.settings import save_atomically
 from pdl_utils.training import (
     History,
     NonFiniteLoss,
     NonFiniteWeights,
     UnusableState,
     fit,
+    run_file,
+    sgd,
     warmup_cosine,
     weight_decay_groups,
 )  # fmt: skip
@@ -43,8 +43,19 @@ def problem(seed: int = 0):
     return model, batches, loss, (x, y)
 
 
-def train(epochs, checkpoint=None, **options):
-    model, batches, loss, (x, y) = problem()
+class Cut(Exception):
+    """In place of a kill: the training ends before an epoch."""
+
+
+def train(epochs, checkpoint=None, *, cut=None, **options):
+    """Train for `epochs`, but end without warning before epoch `cut`."""
+    model, whole, loss, (x, y) = problem()
+
+    def batches(epoch):
+        if epoch == cut:
+            raise Cut
+        return whole(epoch)
+
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     scheduler = warmup_cosine(optimizer, steps=30, warmup=3)
     history = fit(
@@ -84,7 +95,8 @@ def test_it_trains_in_train_mode_and_evaluates_in_eval_mode_without_gradients():
 
 def test_interrupted_and_resumed_equals_unbroken(tmp_path):
     unbroken, long = train(10)
-    train(4, tmp_path / "state.pt")
+    with pytest.raises(Cut):
+        train(10, tmp_path / "state.pt", cut=4)
     torch.manual_seed(99)  # a new process has another random state
     resumed, pieced = train(10, tmp_path / "state.pt")
     assert pieced["loss"] == long["loss"]
@@ -101,17 +113,51 @@ def test_keep_best_restores_the_best_epoch_even_after_resuming(tmp_path):
         weights.append(net[0].weight.detach().clone())
         return {"score": next(scores)}
 
-    def run(epochs):
-        model, batches, loss, _ = problem()
+    def run(cut):
+        model, whole, loss, _ = problem()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def batches(epoch):
+            if epoch == cut:
+                raise Cut
+            return whole(epoch)
+
         fit(
-            model, batches, loss, optimizer, epochs=epochs, evaluate=evaluate, keep_best="score",
+            model, batches, loss, optimizer, epochs=4, evaluate=evaluate, keep_best="score",
             checkpoint=tmp_path / "state.pt", progress=False,
         )  # fmt: skip
         return model
 
-    run(3)
-    assert torch.equal(run(4)[0].weight, weights[1])
+    with pytest.raises(Cut):
+        run(cut=3)
+    assert torch.equal(run(cut=None)[0].weight, weights[1])
+    assert torch.equal(run(cut=0)[0].weight, weights[1]), "a finished training is read back"
+
+
+def test_a_finished_training_is_read_back_and_is_small(tmp_path):
+    file = tmp_path / "state.pt"
+    trained, history = train(3, file)
+    assert set(torch.load(file, weights_only=True)) == {"model", "history"}
+    again, same = train(3, file, cut=0)
+    assert same.rows == history.rows
+    assert torch.equal(again[0].weight, trained[0].weight)
+    assert not again.training
+    with pytest.raises(UnusableState, match="a training of 3 epochs that is finished, not of 5"):
+        train(5, file)
+
+
+def test_another_setting_is_another_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("PDL_DATA", str(tmp_path))
+    file = run_file("GAT + skips, seed 0", seed=0, widths=[256, 256])
+    assert file.parent == tmp_path / "runs"
+    assert file.name.startswith("gat-skips-seed-0-")
+    assert file == run_file("GAT + skips, seed 0", widths=[256, 256], seed=0)
+    assert file != run_file("GAT + skips, seed 0", widths=[256, 257], seed=0)
+
+
+def test_one_of_several_processes_saves(tmp_path):
+    train(2, tmp_path / "state.pt", save=False)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -137,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
     model, batches, _, _ = problem()
     before = [p.clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(NonFiniteLoss, match=r"demo: loss is nan in epoch 1, batch 1; lower the learning rate"):
+    with pytest.raises(NonFiniteLoss, match=r"demo, epoch 1, batch 1: loss is nan; lower the learning rate"):
         fit(
             model, batches, lambda net, batch: net(batch[0]).sum() * float("nan"), optimizer, epochs=1,
             label="demo", progress=False,
@@ -155,7 +201,7 @@ def test_weights_that_are_not_finite_are_not_saved(batch, error, tmp_path):
         root = (net[0].weight.sum() * 0).sqrt()  # 0, with a gradient of 0 · ∞
         return loss(net, data) + (root if next(count) == batch else 0)
 
-    with pytest.raises(error, match=r"demo: .* epoch 2"):
+    with pytest.raises(error, match=r"demo, epoch 2"):
         fit(
             model, batches, breaks, torch.optim.SGD(model.parameters(), lr=0.1), epochs=3,
             evaluate=lambda net: pytest.fail("evaluated") if net[0].weight.isnan().any() else {},
@@ -169,7 +215,7 @@ def test_weights_that_are_not_finite_are_not_saved(batch, error, tmp_path):
 OTHERS = {
     "another model": lambda state: {**state, "model": {"weight": torch.zeros(2)}},
     "another optimizer": lambda state: {**state, "optimizer": {"state": {}, "param_groups": []}},
-    "no scheduler": lambda state: {**state, "scheduler": None},
+    "no scheduler": lambda state: {name: part for name, part in state.items() if name != "scheduler"},
     "weights alone": lambda state: state["model"],
     "a tensor": lambda state: torch.zeros(3),
 }
@@ -178,12 +224,11 @@ OTHERS = {
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_state_of_something_else_is_named_and_kept(other, tmp_path):
     file = tmp_path / "state.pt"
-    train(1, file)
+    with pytest.raises(Cut):
+        train(2, file, cut=1)
     torch.save(OTHERS[other](torch.load(file, weights_only=True)), file)
     before = file.read_bytes()
-    with pytest.raises(
-        UnusableState, match=r"state\.pt is not the state of this model.*; delete it to start over"
-    ):
+    with pytest.raises(UnusableState, match=r"state\.pt is not a state of this model.*; delete it to start over"):
         train(2, file)
     assert file.read_bytes() == before
 
@@ -219,6 +264,7 @@ def test_schedule_and_decay_groups():
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
+    assert sgd(model, 0.5, 0.1, steps=10, warmup=2)[0].param_groups[1]["weight_decay"] == 0
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
@@ -226,29 +272,6 @@ def test_schedule_and_decay_groups():
 
 def test_history_of_nothing_is_empty():
     assert History()["loss"] == []
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path):
-    file = tmp_path / "state.pt"
-    file.write_text("old")
-
-    def half(partial):
-        partial.write_text("ne")
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space"):
-        save_atomically(half, file)
-    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
-    assert file.read_text() == "old"
-
-
-def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
-    events = []
-    monkeypatch.setattr(os, "fsync", lambda number: events.append(os.fstat(number).st_size))
-    replace = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
-    save_atomically(lambda partial: partial.write_text("new"), tmp_path / "file")
-    assert events == [3, "replace"]
 
 
 KILLED = """
