@@ -18,7 +18,7 @@ import torch
 from side_by_side import LIMIT, measure, report
 from torchvision.models import resnet34
 
-from pdl_utils.grad_cam.maps import grad_cam
+from pdl_utils.grad_cam import grad_cam
 from pdl_utils.settings import pick_device, seed_everything
 
 TASKS = {"layer4": ["layer4"], "layer1–4": ["layer1", "layer2", "layer3", "layer4"]}

@@ -8,16 +8,36 @@ Adebayo et al. 2018 (cascading randomisation, arXiv:1810.03292).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from pdl_utils.grad_cam.hooks import evaluating, find_layers, record_activations
+from pdl_utils.grad_cam.hooks import evaluating, find_layer, record_activations
+
+Interval = tuple[float, float, float]  # mean, and the two ends of its 95% interval
+
+
+def match_classes(names: Sequence[str | None], class_of: Callable[[str], int | None]) -> tuple[Tensor, Tensor]:
+    """The classes of a network that belong to the labels of a data set.
+
+    Args:
+        names: what each of N images shows; of "goldfish, Carassius auratus" the first name counts. None where
+            that is not known.
+        class_of: name → class of the network, or None where it has no such class; for a `PretrainedNetwork`
+            its method of this name.
+
+    Returns:
+        classes int64 (N,), -1 where there is none; known, boolean (N,), True where there is one.
+    """
+    found = {name: class_of(name.split(",")[0]) for name in set(names) if name}
+    classes = [-1 if found.get(name) is None else found[name] for name in names]  # 0 is a class as well
+    numbers = torch.tensor(classes, dtype=torch.int64)
+    return numbers, numbers >= 0
 
 
 def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -53,14 +73,7 @@ def energy_in_box(maps: Tensor, boxes: Tensor) -> Tensor:
     return inside / positive.sum((1, 2)).clamp(min=torch.finfo(positive.dtype).tiny)
 
 
-def share_interval(hits: Tensor) -> tuple[float, float, float]:
-    """Share of True in a boolean (N,) with its 95% Wilson score interval: (share, low, high)."""
-    found = binomtest(int(hits.sum()), len(hits))
-    interval = found.proportion_ci(method="wilson")
-    return float(found.statistic), float(interval.low), float(interval.high)
-
-
-def mean_interval(values: Tensor) -> tuple[float, float, float]:
+def mean_interval(values: Tensor) -> Interval:
     """Mean of (N,) with its 95% percentile bootstrap interval over the N, from 2,000 draws: (mean, low, high)."""
     sample = values.double().cpu().numpy()
     rows = np.random.default_rng(0).integers(len(sample), size=(2000, len(sample)))
@@ -68,22 +81,49 @@ def mean_interval(values: Tensor) -> tuple[float, float, float]:
     return float(sample.mean()), float(low), float(high)
 
 
-def receptive_field(model: nn.Module, images: Tensor, layer: str, share: float = 0.9) -> float:
+def score_boxes(maps: Mapping[str, Tensor], boxes: Tensor) -> dict[str, tuple[Interval, Interval]]:
+    """Pointing game and energy of several kinds of maps on the same images, beside two baselines.
+
+    Args:
+        maps: name → (N, h, w).
+        boxes: integers (N, 4), as `pointing_game` takes them.
+
+    Returns:
+        Name → (pointing, energy), each a mean over images with its 95% interval. "anywhere" points at a random
+        pixel or spreads its sum evenly: both give the share of the image that the box covers. "centre point" is
+        the pixel in the middle.
+    """
+    size = next(iter(maps.values())).shape[-2:]
+    area = mean_interval(box_masks(boxes, size).float().mean((1, 2)))
+    centre = torch.zeros(len(boxes), *size, device=boxes.device)
+    centre[:, size[0] // 2, size[1] // 2] = 1
+    scores = {"anywhere": (area, area)}
+    for name, m in {"centre point": centre, **maps}.items():
+        scores[name] = mean_interval(pointing_game(m, boxes)), mean_interval(energy_in_box(m, boxes))
+    return scores
+
+
+def receptive_fields(
+    model: nn.Module, images: Tensor, layers: Sequence[str], share: float = 0.9
+) -> dict[str, float]:
     """Side in pixels of what a unit in the middle of a layer sees (Luo et al. 2016, arXiv:1701.04128).
 
-    The gradient of that unit, summed over channels, with respect to the image says which pixels matter;
-    the side is that of the span, across columns, which holds `share` of its absolute values, averaged
-    over images (N, C, H, W).
+    The gradient of that unit, summed over channels, with respect to images (N, C, H, W) says which pixels
+    matter; the side is that of the span, across columns, which holds `share` of its absolute values.
     """
-    with torch.enable_grad(), evaluating(model), record_activations(model, layer) as seen:
+    sides = {}
+    with evaluating(model), record_activations(model, layers) as seen:
         pixels = images.detach().clone().requires_grad_()
         model(pixels)
-        rows, columns = seen[layer].shape[-2:]
-        (gradient,) = torch.autograd.grad(seen[layer][:, :, rows // 2, columns // 2].sum(), pixels)
-    mass = gradient.abs().sum((0, 1, 2)).cumsum(0)
-    ends = torch.tensor([(1 - share) / 2, (1 + share) / 2], device=mass.device) * mass[-1]
-    first, last = torch.searchsorted(mass, ends).tolist()
-    return float(last - first + 1)
+        for layer in layers:
+            rows, columns = seen[layer].shape[-2:]
+            unit = seen[layer][:, :, rows // 2, columns // 2].sum()
+            (gradient,) = torch.autograd.grad(unit, pixels, retain_graph=True)
+            mass = gradient.abs().sum((0, 1, 2)).cumsum(0)
+            ends = torch.tensor([(1 - share) / 2, (1 + share) / 2], device=mass.device) * mass[-1]
+            first, last = torch.searchsorted(mass, ends).tolist()
+            sides[layer] = float(last - first + 1)
+    return sides
 
 
 @dataclass
@@ -100,7 +140,6 @@ class PixelCurves:
         return torch.trapezoid(self.insertion, self.share), torch.trapezoid(self.deletion, self.share)
 
 
-@torch.no_grad()
 def insertion_deletion(
     model: nn.Module, images: Tensor, maps: Tensor, classes: Tensor, *, steps: int = 28, blur: float = 10.0
 ) -> PixelCurves:
@@ -117,23 +156,19 @@ def insertion_deletion(
     """
     n, _, height, width = images.shape
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(height * width, device=maps.device).expand(n, -1)
-    )
-    rank = rank.view(n, 1, height, width)
+    rank = order.argsort(dim=1).view(n, 1, height, width)  # 0 for the most important pixel
     blurred = gaussian_blur(images, 2 * round(3 * blur) + 1, blur)
     share = torch.linspace(0, 1, steps + 1, device=images.device)
-    curves: dict[str, list[Tensor]] = {"insertion": [], "deletion": []}
-    with evaluating(model):
+    insertion, deletion = [], []
+    with evaluating(model), torch.no_grad():
         for part in share:
             changed = rank < torch.round(part * height * width)
-            for name, start, end in (
-                ("insertion", blurred, images),
-                ("deletion", images, torch.zeros_like(images)),
-            ):
-                scores = model(torch.where(changed, end, start)).float().softmax(1)
-                curves[name].append(scores.gather(1, classes.unsqueeze(1)).squeeze(1))
-    return PixelCurves(share, torch.stack(curves["insertion"], 1), torch.stack(curves["deletion"], 1))
+            inserted, deleted = torch.where(changed, images, blurred), images.masked_fill(changed, 0)
+            scores = model(torch.cat([inserted, deleted])).softmax(1)
+            followed = scores.gather(1, classes.repeat(2).unsqueeze(1)).view(2, n)
+            insertion.append(followed[0])
+            deletion.append(followed[1])
+    return PixelCurves(share, torch.stack(insertion, 1), torch.stack(deletion, 1))
 
 
 def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
@@ -150,10 +185,10 @@ def cascading_randomization(model: nn.Module, layers: Sequence[str]) -> Iterator
     Every layer's modules are re-drawn by their own `reset_parameters`, as at the start of training.
     """
     randomised = copy.deepcopy(model)
-    for position, (name, layer) in enumerate(find_layers(randomised, layers).items()):
+    for position, name in enumerate(layers):
         with torch.random.fork_rng():
             torch.manual_seed(position)
-            for module in layer.modules():
+            for module in find_layer(randomised, name).modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
         yield name, randomised
@@ -173,7 +208,5 @@ def randomization_check(
         Layer → (N,) in -1..1. A map that depends on what the network learnt falls towards 0.
     """
     trained = explain(model)
-    return {
-        name: rank_correlation(trained, explain(randomised))
-        for name, randomised in cascading_randomization(model, layers)
-    }
+    randomised = cascading_randomization(model, layers)
+    return {name: rank_correlation(trained, explain(network)) for name, network in randomised}

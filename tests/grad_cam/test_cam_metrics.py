@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pdl_utils.grad_cam.metrics import (
+from pdl_utils.grad_cam import (
     box_masks,
     cascading_randomization,
     energy_in_box,
     insertion_deletion,
+    match_classes,
     mean_interval,
     pointing_game,
     randomization_check,
     rank_correlation,
-    receptive_field,
-    share_interval,
+    receptive_fields,
+    score_boxes,
 )
 
 
@@ -36,17 +38,7 @@ def test_both_ends_of_a_box_are_inside():
 
 
 @pytest.mark.parametrize(
-    ("y", "x", "hit"),
-    [
-        (3, 2, True),
-        (6, 5, True),
-        (3, 5, True),
-        (6, 2, True),
-        (2, 2, False),
-        (7, 5, False),
-        (3, 1, False),
-        (6, 6, False),
-    ],
+    ("y", "x", "hit"), [(3, 2, True), (6, 5, True), (2, 2, False), (7, 5, False), (3, 1, False), (6, 6, False)]
 )
 def test_pointing_game_at_the_corners(y, x, hit):
     assert pointing_game(point(y, x).unsqueeze(0), BOX).tolist() == [hit]
@@ -65,14 +57,36 @@ def test_energy_is_a_share_of_the_positive_part():
     assert energy_in_box(uniform, BOX).tolist() == [16 / 64]
 
 
-def test_intervals():
-    share, low, high = share_interval(torch.tensor([True] * 80 + [False] * 20))
-    assert share == pytest.approx(0.8)
-    assert (low, high) == pytest.approx((0.7112, 0.8666), abs=1e-4)  # Wilson 1927, worked out by hand
+def test_the_interval_of_a_mean():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0))
     mean, low, high = mean_interval(values)
     assert mean == pytest.approx(values.mean().item())
     assert high - low == pytest.approx(2 * 1.96 * values.std().item() / 20, rel=0.1)
+    share, low, high = mean_interval(torch.tensor([True] * 80 + [False] * 20))
+    assert share == pytest.approx(0.8)
+    assert (low, high) == pytest.approx((0.72, 0.88), abs=0.015)  # 0.8 ± 1.96·sqrt(0.8·0.2/100)
+
+
+def test_boxes_are_scored_beside_two_baselines():
+    maps = torch.stack([point(3, 2), point(0, 0)])
+    scores = score_boxes({"ours": maps}, BOX.expand(2, 4))
+    assert list(scores) == ["anywhere", "centre point", "ours"]
+    assert scores["ours"][0][0] == scores["ours"][1][0] == 0.5
+    assert scores["centre point"][0][0] == scores["centre point"][1][0] == 1.0  # (4, 4) is inside
+    assert scores["anywhere"][0][0] == scores["anywhere"][1][0] == 0.25
+
+
+def test_labels_of_a_data_set_become_classes_of_a_network():
+    categories = ["goldfish", "crane", "tabby", "crane"]
+
+    def class_of(name):  # as of a PretrainedNetwork: None for what is unknown or ambiguous
+        return categories.index(name) if categories.count(name) == 1 else None
+
+    names = ["tabby, tabby cat", "goldfish, Carassius auratus", None, "crane", "lorry", "goldfish"]
+    classes, known = match_classes(names, class_of)
+    assert classes.tolist() == [2, 0, -1, -1, -1, 0]  # class 0 counts as a class
+    assert known.tolist() == [True, True, False, False, False, True]
+    assert classes.dtype == torch.int64
 
 
 class PixelSum(nn.Module):
@@ -88,9 +102,8 @@ def test_a_receptive_field_is_as_wide_as_the_kernels_reach():
     for layer in model:
         nn.init.ones_(layer.weight)
     images = torch.randn(2, 3, 21, 21)
-    assert receptive_field(model, images, "0", share=1 - 1e-6) == 5
-    assert receptive_field(model, images, "1", share=1 - 1e-6) == 7
-    assert receptive_field(model, images, "1", share=0.5) < 7
+    assert receptive_fields(model, images, ["1", "0"], share=1 - 1e-6) == {"1": 7, "0": 5}
+    assert receptive_fields(model, images, ["1"], share=0.5)["1"] < 7
     assert images.grad is None
 
 
@@ -157,3 +170,12 @@ def test_randomization_check_tells_a_map_of_the_network_from_a_map_of_the_image(
     assert list(of_the_network) == ["1", "0"]
     assert (of_the_network["0"].abs() < 0.6).all()
     assert all((similarity == 1).all() for similarity in of_the_image.values())
+
+
+def test_measures_run_on_a_fake_gpu():
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        maps, boxes, images = torch.rand(2, 16, 16), torch.zeros(2, 4, dtype=torch.long), torch.randn(2, 3, 16, 16)
+        assert pointing_game(maps, boxes).device.type == energy_in_box(maps, boxes).device.type == "cuda"
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        curves = insertion_deletion(model, images, maps, torch.tensor([0, 2]), steps=2, blur=1.0)
+        assert {area.device.type for area in curves.areas()} == {"cuda"}
