@@ -178,6 +178,7 @@ def fit(
     autocast: bool = False,
     checkpoint: Path | None = None,
     save: bool = True,
+    stop_after: int | None = None,
     examples: int | None = None,
     label: str = "train",
     progress: bool | None = None,
@@ -200,6 +201,7 @@ def fit(
         checkpoint: file to save to after every epoch and, if it exists, to go on from. After the last epoch it
             keeps the weights and the history alone: a finished training is read back, not repeated.
         save: write `checkpoint`; of several processes, one does.
+        stop_after: return once so many of the `epochs` are done, to go on another time.
         examples: how many examples an epoch holds, to report them a second; batches otherwise.
         label, progress: what the progress line says, and whether it shows; None: unless `PDL_PROGRESS=0`.
 
@@ -224,7 +226,7 @@ def fit(
     bar = tqdm(
         total=each * epochs, initial=each * done, desc=label, unit=unit, disable=not progress, mininterval=1
     )
-    for epoch in range(done, epochs):
+    for epoch in range(done, min(epochs, stop_after or epochs)):
         started, todo = time.perf_counter(), batches(epoch)
         loss = _train_epoch(
             model, todo, loss_fn, optimizer, scheduler, clip_norm=clip_norm, autocast=autocast,
@@ -248,7 +250,7 @@ def fit(
     bar.close()
     if best is not None:
         bare.load_state_dict(best["weights"])
-    if checkpoint is not None and save and done < epochs:
+    if checkpoint is not None and save and done < len(history.rows) == epochs:
         finished = {"model": bare.state_dict(), "history": history.rows}
         save_atomically(lambda path: torch.save(finished, path), checkpoint)
     model.eval()
