@@ -68,7 +68,7 @@ def test_bfloat16_is_taken_where_it_was_measured_to_be_faster(unmeasured, monkey
     with_it, without = seconds
     measured = []
 
-    def measure(device, *, autocast):
+    def measure(device, *, autocast, patience=1.0):
         measured.append(autocast)
         return with_it if autocast else without
 
