@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torchvision.transforms.v2.functional as TF
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 from torchvision.models import ResNet, get_model, get_model_weights
 from torchvision.models.resnet import BasicBlock
 
-from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain
+from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain, with_notice
 from pdl_utils.images import normalize
-from pdl_utils.settings import progress_wanted
-from pdl_utils.weights import CHECKPOINTS, load_weights, sha256
+from pdl_utils.settings import data_root, progress_wanted
+from pdl_utils.weights import CHECKPOINTS, CorruptCheckpoint, load_weights, read_weights, sha256
+
+
+class UnfitWeights(RuntimeError):
+    """A file of weights of the user's own is damaged, or not for this architecture."""
 
 
 @dataclass
@@ -46,23 +51,33 @@ class PretrainedNetwork:
 
     def preprocess(self, crops: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) → the standardised float batch that `model` takes, on its device."""
-        return normalize(crops.to(next(self.model.parameters()).device) / 255)
+        return normalize(crops.to(next(self.model.parameters()).device))
 
     def class_of(self, name: str | None) -> int | None:
-        """The class of this name, or None where the network has none, or several, as for "crane"."""
-        found = [i for i, category in enumerate(self.categories) if name and category.lower() == name.lower()]
+        """The class of this name, which may be 0; None where the network has none, or several, as for "crane".
+        Of synonyms ("goldfish, Carassius auratus") the first counts."""
+        wanted = (name or "").split(",")[0]
+        found = [i for i, category in enumerate(self.categories) if category == wanted] or [
+            i for i, category in enumerate(self.categories) if category.lower() == wanted.lower()
+        ]
         return found[0] if len(found) == 1 else None
+
+    def classes_of(self, names: Sequence[str | None]) -> Tensor:
+        """`class_of` each of N names: int64 (N,) on the CPU, as labels are, with -1 for None."""
+        known = {name: self.class_of(name) for name in set(names)}
+        return torch.tensor([-1 if known[name] is None else known[name] for name in names], dtype=torch.int64)
 
 
 def pretrained_resnet(arch: str, device: torch.device | str = "cpu") -> PretrainedNetwork:
-    """A ResNet trained on ImageNet: torchvision's IMAGENET1K_V1 weights (1,000 classes) where they lie under
-    the data root or can be fetched, else this project's own, trained on Tiny ImageNet (200 of the classes).
+    """A ResNet trained on ImageNet, as `torchvision_network` finds it; where that finds nothing, this project's
+    own, trained on Tiny ImageNet (200 of the classes).
 
     Args:
         arch: 'resnet18' or 'resnet34'.
 
     Raises:
         ValueError: another architecture.
+        UnfitWeights: the user's own file is damaged or for another network.
         CorruptCheckpoint: the project's own file is damaged.
     """
     if arch not in ("resnet18", "resnet34"):
@@ -75,15 +90,46 @@ def torchvision_network(
     device: torch.device | str = "cpu",
     otherwise: Callable[[str], PretrainedNetwork] | None = None,
 ) -> PretrainedNetwork:
-    """Any classifier of torchvision with its first ImageNet weights, IMAGENET1K_V1.
+    """Any classifier of torchvision: with the weights in the user's own file `weights/ARCH.safetensors` under the
+    data root, if there is one (data/checkpoints/README.md says what it holds), else with torchvision's first
+    ImageNet weights, IMAGENET1K_V1.
 
     Args:
         arch: as torchvision calls it, 'mobilenet_v3_small'.
-        otherwise: gives the network where those weights are not to be had.
+        otherwise: gives the network where neither is to be had.
 
     Raises:
-        NoRealData: they are not to be had, and there is no `otherwise`.
+        UnfitWeights: the user's own file is damaged or for another network.
+        NoRealData: no weights are to be had, and there is no `otherwise`.
     """
+    file = data_root() / "weights" / f"{arch}.safetensors"
+    network = users_network(arch, file) if file.exists() else _official_network(arch, otherwise)
+    network.model.to(device, memory_format=torch.channels_last).eval()
+    return network
+
+
+def users_network(arch: str, file: Path) -> PretrainedNetwork:
+    """The network whose weights and facts (`categories`; `source`, `resize`, `size` if given) are in `file`.
+
+    Raises:
+        UnfitWeights: weights are missing, left over or of another shape, or there are no categories.
+    """
+    try:
+        weights, facts = read_weights(file)
+        model = get_model(arch, num_classes=len(facts["categories"]))
+        model.load_state_dict(weights)
+    except (CorruptCheckpoint, RuntimeError, KeyError, TypeError) as error:
+        problem = "it names no categories" if isinstance(error, KeyError) else shorten(str(error), 400)
+        raise UnfitWeights(
+            f"{file} does not fit {arch}: {problem}. Write it anew as data/checkpoints/README.md says, "
+            "with a category for each output of the last layer, or remove it to use torchvision's weights."
+        ) from error
+    origin = with_notice(f"{arch} weights", facts.get("source", f"the file weights/{file.name}"), file.parent)
+    print(origin)
+    return PretrainedNetwork(model, facts["categories"], facts.get("resize", 256), facts.get("size", 224), origin)
+
+
+def _official_network(arch: str, otherwise: Callable[[str], PretrainedNetwork] | None) -> PretrainedNetwork:
     weights = get_model_weights(arch).IMAGENET1K_V1
     file = weights.url.rsplit("/", 1)[1]
 
@@ -99,18 +145,15 @@ def torchvision_network(
             model, weights.meta["categories"], shape.resize_size[0], shape.crop_size[0], origin
         )
 
-    network = obtain(
-        f"{arch} weights",
-        file,
+    return obtain(
+        f"{arch} weights", file,
         read=read,
         download=lambda root: torch.hub.download_url_to_file(
             weights.url, str(root / file), progress=progress_wanted()
         ),
         url=weights.url,
         stand_in=(lambda: otherwise(arch)) if otherwise else None,
-    )
-    network.model.to(device, memory_format=torch.channels_last).eval()
-    return network
+    )  # fmt: skip
 
 
 def own_network(arch: str) -> PretrainedNetwork:
@@ -124,7 +167,7 @@ def own_network(arch: str) -> PretrainedNetwork:
         f"this project's own, trained on {facts['data']}, top-1 {accuracy:.1%} at {facts['resolution']} px",
     )
     size = facts["photo_size"]
-    return PretrainedNetwork(model, facts["categories"], size, size, origin)
+    return PretrainedNetwork(model.eval(), facts["categories"], size, size, origin)
 
 
 @torch.no_grad()

@@ -1,14 +1,36 @@
-"""Fixtures that several test files share."""
+"""What several test files share: a server on this machine, and small data sets in their official formats."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import importlib
+import io
+import pickle
+import struct
+import tarfile
 import threading
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10, MNIST, Imagenette
 
-from pdl_utils.datasets import network, sources
+from pdl_utils.datasets import photos, small_images, sources
+from pdl_utils.settings import data_root
+
+tiny_imagenet = importlib.import_module("pdl_utils.datasets.tiny_imagenet")  # the module, not the function
+WNIDS = ["n01443537", "n02123045"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault(name, times=1): a case of the fault `name` in docs/reliability.md")
 
 
 class FileServer(ThreadingHTTPServer):
@@ -66,5 +88,167 @@ def fresh_data(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("PDL_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(network, "_network", network.Network())
+    monkeypatch.setattr(sources, "_network", sources.Network())
     monkeypatch.setattr(sources, "PAUSE", 0.0)
+
+
+# Small data sets in their official formats, served on this machine
+
+
+@dataclass
+class Official:
+    """`files` is the data set's tree below the data root; `damaged` the one that tests damage; `archive` its name
+    at the official source; `serve(content)` puts another archive there, under the checksum that is expected."""
+
+    load: Callable[[], object]
+    folder: str
+    files: dict[str, bytes]
+    damaged: str
+    archive: str
+    serve: Callable[[bytes], None]
+    has_stand_in: bool = True
+
+    def write(self) -> Path:
+        for name, content in self.files.items():
+            (data_root() / name).parent.mkdir(parents=True, exist_ok=True)
+            (data_root() / name).write_bytes(content)
+        return data_root()
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+def jpeg(side: int, colour: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def make_cifar10(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
+    rng = np.random.default_rng(0)
+    parts = {}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
+        parts[name] = pickle.dumps({"data": pixels, "labels": rng.integers(10, size=4).tolist()})
+    parts["batches.meta"] = pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})
+    files = {f"cifar-10-batches-py/{name}": content for name, content in parts.items()}
+
+    def serve(content: bytes) -> None:
+        server.files["cifar.tar.gz"] = content
+        patch.setattr(CIFAR10, "tgz_md5", md5(content))
+
+    serve(tar(files))
+    patch.setattr(CIFAR10, "url", server.url + "cifar.tar.gz")
+    patch.setattr(CIFAR10, "filename", "cifar.tar.gz")
+    patch.setattr(CIFAR10, "train_list", [[n, md5(c)] for n, c in parts.items() if n.startswith("data")])
+    patch.setattr(CIFAR10, "test_list", [["test_batch", md5(parts["test_batch"])]])
+    patch.setitem(CIFAR10.meta, "md5", md5(parts["batches.meta"]))
+    damaged = "cifar-10-batches-py/data_batch_3"
+    return Official(small_images.cifar10, "cifar-10-batches-py", files, damaged, "cifar.tar.gz", serve)
+
+
+def make_mnist(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
+    rng = np.random.default_rng(0)
+    parts = {}
+    for part, count in (("train", 6), ("t10k", 3)):
+        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8).tobytes()
+        parts[f"{part}-images-idx3-ubyte"] = struct.pack(">IIII", 0x803, count, 28, 28) + pixels
+        parts[f"{part}-labels-idx1-ubyte"] = struct.pack(">II", 0x801, count) + bytes(range(count))
+    packed = {f"{name}.gz": gzip.compress(content) for name, content in parts.items()}
+    server.files.update(packed)
+    patch.setattr(small_images, "MNIST_URL", server.url)
+    patch.setattr(MNIST, "resources", [(name, md5(content)) for name, content in packed.items()])
+    patch.setattr(small_images, "MNIST_MD5", {name: md5(content) for name, content in parts.items()})
+    files = {f"MNIST/raw/{name}": content for name, content in parts.items()}
+    damaged = "MNIST/raw/train-labels-idx1-ubyte"
+    return Official(small_images.mnist, "MNIST", files, damaged, "train-images-idx3-ubyte.gz", serve=None)
+
+
+def make_imagenette(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
+    wnids = list(Imagenette._WNID_TO_CLASS)
+    files = {
+        f"imagenette2-320/{part}/{wnid}/{wnid}_{i}.JPEG": jpeg(40, (20 * k, 100, 200))
+        for part in ("train", "val") for k, wnid in enumerate(wnids) for i in range(2)
+    }  # fmt: skip
+    url = server.url + "imagenette2-320.tgz"
+
+    def serve(content: bytes) -> None:
+        server.files["imagenette2-320.tgz"] = content
+        patch.setitem(Imagenette._ARCHIVES, "320px", (url, md5(content)))
+
+    serve(tar(files))
+    patch.setattr(photos, "IMAGENETTE_URL", url)
+    patch.setattr(photos, "IMAGENETTE_COUNT", 2 * len(wnids))
+    damaged = f"imagenette2-320/val/{wnids[3]}/{wnids[3]}_1.JPEG"
+    return Official(photos.imagenet_photos, "imagenette2-320", files, damaged, "imagenette2-320.tgz", serve)
+
+
+def make_tiny_imagenet(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
+    files = {
+        "wnids.txt": "\n".join(reversed(WNIDS)),
+        "words.txt": f"{WNIDS[0]}\tgoldfish\n{WNIDS[1]}\ttabby, cat\n",
+        "val/val_annotations.txt": f"val_0.JPEG\t{WNIDS[1]}\t0\t5\t63\t50\nval_1.JPEG\t{WNIDS[0]}\t9\t9\t9\t9\n",
+    }
+    for k, wnid in enumerate(WNIDS):
+        names = [f"{wnid}_{i}.JPEG" for i in range(3)]
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = "".join(f"{n}\t1\t2\t3\t{i}\n" for i, n in enumerate(names))
+        files |= {f"train/{wnid}/images/{n}": jpeg(64, (200 * k, 50 * i, 100)) for i, n in enumerate(names)}
+    files |= {f"val/images/val_{i}.JPEG": jpeg(64, (100 * i, 0, 30)) for i in range(2)}
+    files = {f"tiny-imagenet-200/{n}": c.encode() if isinstance(c, str) else c for n, c in files.items()}
+
+    def serve(content: bytes) -> None:
+        server.files["tiny.zip"] = content
+        patch.setattr(tiny_imagenet, "MD5", md5(content))
+
+    serve(zipped(files))
+    patch.setattr(tiny_imagenet, "URL", server.url + "tiny.zip")
+    patch.setattr(tiny_imagenet, "VAL_COUNT", 2)
+    damaged = f"tiny-imagenet-200/train/{WNIDS[1]}/images/{WNIDS[1]}_2.JPEG"
+    load = partial(tiny_imagenet.tiny_imagenet, "train")
+    return Official(load, "tiny-imagenet-200", files, damaged, "tiny.zip", serve, has_stand_in=False)
+
+
+MAKERS = {"cifar10": make_cifar10, "mnist": make_mnist, "photos": make_imagenette, "tiny": make_tiny_imagenet}
+
+
+@pytest.fixture
+def make_official(file_server, fresh_data, monkeypatch) -> Callable[[str], Official]:
+    """`make_official("cifar10")`; also "mnist", "photos" and "tiny"."""
+    return lambda name: MAKERS[name](file_server, monkeypatch)
+
+
+@pytest.fixture(params=MAKERS)
+def official(request, make_official) -> Official:
+    """Each data set in turn."""
+    return make_official(request.param)
+
+
+@pytest.fixture
+def contents() -> Callable[[object], dict[str, object]]:
+    """A function that gives what a data set holds, so that two can be compared with ==."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return value.tobytes() if isinstance(value, Image.Image) else getattr(value, "tolist", lambda: value)()
+
+    return lambda data: {name: plain(value) for name, value in vars(data).items()}

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageOps
 from torchvision.datasets import Imagenette
-from torchvision.datasets.folder import make_dataset
 
 from pdl_utils.datasets import stand_ins
-from pdl_utils.datasets.sources import DamagedFile, Provenance, data_root, obtain
+from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain, with_notice
+from pdl_utils.settings import data_root
 
+NAME = "ImageNet photographs"
 OWN_FOLDER = "imagenet-samples"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 IMAGENETTE_SIZE = "320px"  # short side
@@ -37,8 +39,7 @@ class Photos:
     provenance: Provenance
 
 
-@dataclass(frozen=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     """A photograph that has not been decoded yet."""
 
     load: Callable[[], Image.Image | None]
@@ -60,21 +61,21 @@ def imagenet_photos(count: int | None = None, prefer: Sequence[str] = ()) -> Pho
     Raises:
         NoRealData: `PDL_REQUIRE_REAL=1` and no photograph can be had.
     """
-    own = _own_photos(data_root() / OWN_FOLDER, count, prefer)
+    own = _choose(*_own_photos(data_root() / OWN_FOLDER), count, prefer)
     if own.images:
         print(own.provenance)
         return own
+    stand_in = Provenance(NAME, "stand-in: sample photographs of scikit-image and scikit-learn", real=False)
     return obtain(
-        "ImageNet photographs",
-        Path(IMAGENETTE_URL).stem,
-        read=lambda folder: _imagenette(folder, count, prefer),
+        NAME, Path(IMAGENETTE_URL).stem,
+        read=lambda folder: _choose(*_imagenette(folder), count, prefer),
         download=lambda root: Imagenette(root, "val", IMAGENETTE_SIZE, download=True),
         url=IMAGENETTE_URL,
-        stand_in=lambda: _stand_in(count, prefer),
-    )
+        stand_in=lambda: _choose(_samples(), stand_in, count, prefer),
+    )  # fmt: skip
 
 
-def _own_photos(folder: Path, count: int | None, prefer: Sequence[str]) -> Photos:
+def _own_photos(folder: Path) -> tuple[list[_Candidate], Provenance]:
     candidates = []
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES:
@@ -82,45 +83,30 @@ def _own_photos(folder: Path, count: int | None, prefer: Sequence[str]) -> Photo
             wnid, name = (label[1], label[2].replace("_", " ")) if label else (None, None)
             candidates.append(_Candidate(partial(_open_or_skip, path), name, wnid))
     candidates.sort(key=lambda c: c.wnid is None)  # labelled ones first
-    source = f"{len(candidates)} photographs in {OWN_FOLDER}/"
-    return _choose(candidates, count, prefer, Provenance("ImageNet photographs", source))
+    return candidates, with_notice(NAME, f"{len(candidates)} photographs in {OWN_FOLDER}/", folder)
 
 
-def _imagenette(folder: Path, count: int | None, prefer: Sequence[str]) -> Photos:
-    try:
-        dataset = Imagenette(folder.parent, "val", IMAGENETTE_SIZE)
-        files = make_dataset(folder / "val", dataset.wnid_to_idx, extensions=".jpeg")  # without decoding them
-    except (OSError, KeyError) as error:
-        raise DamagedFile(folder / "val", f"is not Imagenette's validation split ({error})") from error
-    if len(files) != IMAGENETTE_COUNT:
-        raise DamagedFile(folder / "val", f"has {len(files)} photographs, not {IMAGENETTE_COUNT}")
-    candidates = _stand_in_candidates()[:1]  # the cat: Imagenette has none
-    seen = [0] * len(dataset.classes)
-    for path, label in files:
-        seen[label] += 1
-        if seen[label] <= PER_CLASS:
-            candidates.append(
-                _Candidate(partial(_open, Path(path)), dataset.classes[label][0], dataset.wnids[label])
-            )
-    source = "Imagenette's validation split, and scikit-image's cat"
-    return _choose(candidates, count, prefer, Provenance("ImageNet photographs", source))
+def _imagenette(folder: Path) -> tuple[list[_Candidate], Provenance]:
+    found = len(list((folder / "val").glob("*/*.JPEG")))
+    if found != IMAGENETTE_COUNT:
+        raise DamagedFile(folder / "val", f"has {found} photographs, not {IMAGENETTE_COUNT}")
+    dataset = Imagenette(folder.parent, "val", IMAGENETTE_SIZE)
+    candidates = _samples()[:1]  # the cat: Imagenette has none
+    for wnid, (name, *_) in zip(dataset.wnids, dataset.classes, strict=True):
+        for path in sorted((folder / "val" / wnid).glob("*.JPEG"))[:PER_CLASS]:
+            candidates.append(_Candidate(partial(_open, path), name, wnid))
+    return candidates, with_notice(NAME, "Imagenette's validation split, and scikit-image's cat", folder)
 
 
-def _stand_in(count: int | None, prefer: Sequence[str]) -> Photos:
-    source = "stand-in: sample photographs of scikit-image and scikit-learn"
-    provenance = Provenance("ImageNet photographs", source, real=False)
-    return _choose(_stand_in_candidates(), count, prefer, provenance)
-
-
-def _stand_in_candidates() -> list[_Candidate]:
+def _samples() -> list[_Candidate]:
     return [
-        _Candidate(partial(stand_ins.photograph, index), name, wnid)
-        for index, (_, name, wnid) in enumerate(stand_ins.PHOTOGRAPHS)
+        _Candidate(lambda load=load: stand_ins.rgb(load()), name, wnid)
+        for load, name, wnid in stand_ins.PHOTOGRAPHS
     ]
 
 
 def _choose(
-    candidates: list[_Candidate], count: int | None, prefer: Sequence[str], provenance: Provenance
+    candidates: list[_Candidate], provenance: Provenance, count: int | None, prefer: Sequence[str]
 ) -> Photos:
     first = [c for wnid in prefer for c in candidates if c.wnid == wnid][:count]
     rest = [c for c in candidates if c not in first]
@@ -140,7 +126,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _open_or_skip(path: Path) -> Image.Image | None:
-    """For the user's own photographs, which are not ours to remove."""
+    """For the user's own photographs: one that is damaged does not stop the others."""
     try:
         return _open(path)
     except DamagedFile as damage:

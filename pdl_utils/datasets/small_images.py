@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, MNIST
 
 from pdl_utils.datasets import stand_ins
-from pdl_utils.datasets.sources import Provenance, obtain, verify_md5
+from pdl_utils.datasets.sources import Provenance, obtain, verify_md5, with_notice
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 # torchvision checks the MD5 of MNIST's archives, but not of the unpacked files that it reads.
@@ -79,14 +79,14 @@ def _read_cifar10(folder: Path) -> LabelledImages:
     arrays = []
     for part in (train, test):
         arrays += [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
-    return LabelledImages(*arrays, train.classes, Provenance("CIFAR-10", "official files, MD5 verified"))
+    return LabelledImages(*arrays, train.classes, with_notice("CIFAR-10", "official files, MD5 verified", folder))
 
 
 def _read_mnist(folder: Path) -> LabelledImages:
     verify_md5(folder / "raw", MNIST_MD5)
     train, test = (MNIST(folder.parent, train=part) for part in (True, False))
     arrays = [train.data[:, None], train.targets, test.data[:, None], test.targets]
-    return LabelledImages(*arrays, "0123456789", Provenance("MNIST", "official files, MD5 verified"))
+    return LabelledImages(*arrays, "0123456789", with_notice("MNIST", "official files, MD5 verified", folder))
 
 
 def _download_mnist(root: Path) -> None:

@@ -13,20 +13,25 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import socket
+import tarfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 from torchvision.datasets.utils import check_md5
 
-from pdl_utils.datasets.network import careful_downloads, network_problem
 from pdl_utils.settings import data_root, flag
 
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds between two attempts
+STALL = 20.0  # seconds without a byte after which a download has failed
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,14 @@ class Provenance:
         return f"{self.name}: {self.source}"
 
 
+def with_notice(name: str, source: str, folder: Path) -> Provenance:
+    """Provenance of the files in `folder`. What its NOTICE.txt says, if there is one, is part of it."""
+    notice = folder / "NOTICE.txt"
+    if notice.is_file():
+        source += "; " + " ".join(notice.read_text(encoding="utf-8").split())
+    return Provenance(name, source)
+
+
 class Sourced(Protocol):
     """A data set that knows where it came from."""
 
@@ -71,7 +84,10 @@ class DamagedFile(Exception):
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path} {problem}")
-        self.path = path
+
+
+class _Unavailable(Exception):
+    """Why the real data cannot be had, to follow 'because'."""
 
 
 def obtain(
@@ -91,7 +107,7 @@ def obtain(
         folder: where its files live, directly below the data root (or its only file); what `download`
             creates.
         read: `read(root / folder)` checks the files and loads them. It raises `DamagedFile` for one that
-            is missing or wrong; that file is named and removed, and the data set fetched again.
+            is missing or wrong; that file is named, and the data set fetched again.
         download: `download(root)` runs the official loader, which creates `root / folder`. It works in
             a folder of its own; only what `read` then accepts is moved to the data root, in one step.
         url: what the loader fetches, or part of it: its host is asked whether there is a network.
@@ -118,10 +134,6 @@ def obtain(
     return data
 
 
-class _Unavailable(Exception):
-    """Why the real data cannot be had, to follow 'because'."""
-
-
 def _read_or_fetch(
     name: str, place: Path, read: Callable[[Path], T], download: Callable[[Path], object], url: str
 ) -> T:
@@ -129,7 +141,7 @@ def _read_or_fetch(
         try:
             return read(place)
         except DamagedFile as damage:
-            print(f"{name}: {damage}{_remove(damage.path)}")
+            print(f"{name}: {damage}")
     if problem := network_problem(url):
         raise _Unavailable(problem)
     try:
@@ -153,33 +165,18 @@ def _fetch(name: str, place: Path, read: Callable[[Path], T], download: Callable
             with careful_downloads():
                 download(staging)
             data = read(staging / place.name)
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)  # damaged; if it is a file, the next line replaces it
             (staging / place.name).replace(place)
             return data
         except Exception as error:  # loaders raise all kinds of things for half a file
-            print(f"{name}: attempt {attempt} of {ATTEMPTS} at {url}{_last_file(staging)} failed: {error}")
+            files = sorted((path.stat().st_mtime_ns, path.name) for path in staging.rglob("*") if path.is_file())
+            last = f" ({files[-1][1]})" if files else ""
+            print(f"{name}: attempt {attempt} of {ATTEMPTS} at {url}{last} failed and was removed: {error}")
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         if attempt < ATTEMPTS:
             time.sleep(PAUSE)
     raise _Unavailable(f"the download of {url} failed {ATTEMPTS} times")
-
-
-def _last_file(folder: Path) -> str:
-    """The file that a loader wrote last, which the caller removes, in words."""
-    files = sorted((path.stat().st_mtime_ns, path.name) for path in folder.rglob("*") if path.is_file())
-    return f" ({files[-1][1]}, removed)" if files else ""
-
-
-def _remove(path: Path) -> str:
-    """Remove a damaged file, if it is one; the words that say what became of it."""
-    if not path.is_file():
-        return ""
-    try:
-        path.unlink()
-    except OSError:
-        return ", but cannot be removed"
-    return " and was removed"
 
 
 def verify_md5(folder: Path, expected: Mapping[str, str]) -> None:
@@ -193,3 +190,66 @@ def verify_md5(folder: Path, expected: Mapping[str, str]) -> None:
             raise DamagedFile(folder / name, "is missing")
         if not check_md5(folder / name, md5):
             raise DamagedFile(folder / name, "is truncated or corrupt (its MD5 differs)")
+
+
+@contextlib.contextmanager
+def careful_downloads() -> Iterator[None]:
+    """Inside, a download that stalls raises instead of hanging, and tar files cannot write outside their
+    folder: loaders have no parameter for the one, and old ones do not see to the other."""
+    timeout, extraction = socket.getdefaulttimeout(), getattr(tarfile.TarFile, "extraction_filter", None)
+    socket.setdefaulttimeout(STALL)
+    if hasattr(tarfile, "data_filter"):
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(timeout)
+        tarfile.TarFile.extraction_filter = staticmethod(extraction) if extraction else None
+
+
+class Network:
+    """What this process knows of the network. Each host is tried once, and hosts that stay silent may take
+    `patience` seconds in all: offline, six data sets must not wait six times."""
+
+    def __init__(self, patience: float = 4.0) -> None:
+        self.patience = self.left = patience
+        self.known: dict[tuple[str, int], bool] = {}
+
+    def answers(self, host: str, port: int) -> bool:
+        """Does the host accept a connection?"""
+        if (host, port) not in self.known:
+            limit = max(0.0, min(self.left, self.patience / 2))
+            connected = threading.Event()
+
+            def connect() -> None:
+                # Half the limit, so that an address family that leads nowhere leaves time for the other.
+                with contextlib.suppress(OSError), socket.create_connection((host, port), limit / 2):
+                    connected.set()
+
+            # In a thread, because looking up a name takes no time-out and may hang for half a minute.
+            started = time.monotonic()
+            thread = threading.Thread(target=connect, daemon=True)
+            thread.start()
+            thread.join(limit)
+            self.known[host, port] = connected.is_set()
+            if not connected.is_set():
+                self.left -= time.monotonic() - started
+        return self.known[host, port]
+
+
+_network = Network()
+
+
+def network_problem(url: str) -> str | None:
+    """Why `url` cannot be fetched, in words that follow 'because', or None if its host, or the proxy that the
+    environment names, answers. A process that was offline stays so: restart the kernel to look again."""
+    if flag("PDL_OFFLINE"):
+        return "PDL_OFFLINE is set"
+    target = urlsplit(url)
+    proxy = urllib.request.getproxies().get(target.scheme)
+    if proxy and not urllib.request.proxy_bypass(target.hostname):
+        target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = target.port or {"http": 80, "https": 443}[target.scheme]
+    if not _network.answers(target.hostname, port):
+        return f"{target.hostname} does not answer (no network?)"
+    return None

@@ -54,7 +54,7 @@ def texture_crops(train: int = 5000, test: int = 1000, seed: int = 0) -> tuple[S
         the classes in turn.
     """
     rng = np.random.default_rng(seed)
-    photos = [_rgb(load()) for load in TEXTURES.values()]
+    photos = [rgb(load()) for load in TEXTURES.values()]
     splits = []
     for count, held_out in ((train, False), (test, True)):
         labels = torch.arange(count) % len(photos)
@@ -103,10 +103,6 @@ def digits(seed: int = 0) -> tuple[Split, Split]:
     return (images[train], labels[train]), (images[test], labels[test])
 
 
-def photograph(index: int) -> Image.Image:
-    """The image of `PHOTOGRAPHS[index]`, in RGB."""
-    return _rgb(PHOTOGRAPHS[index][0]())
-
-
-def _rgb(pixels: np.ndarray) -> Image.Image:
+def rgb(pixels: np.ndarray) -> Image.Image:
+    """uint8 (H, W) or (H, W, 3) as a colour photograph."""
     return Image.fromarray(pixels).convert("RGB")

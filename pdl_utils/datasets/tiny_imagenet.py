@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.utils import download_and_extract_archive
 
-from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain
+from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain, with_notice
 
 FOLDER = "tiny-imagenet-200"
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -36,15 +34,6 @@ class TinyImageNet:
     wnids: list[str]
     names: list[str]
     provenance: Provenance
-
-
-class _Row(NamedTuple):
-    """One line of an annotation file."""
-
-    folder: Path
-    name: str
-    wnid: str
-    box: list[int]
 
 
 def tiny_imagenet(
@@ -73,28 +62,29 @@ def tiny_imagenet(
 def _read(folder: Path, split: str, limit: int | None, seed: int) -> TinyImageNet:
     wnids = sorted(_lines(folder / "wnids.txt"))
     words = dict(line.partition("\t")[::2] for line in _lines(folder / "words.txt"))
-    if missing := [wnid for wnid in wnids if wnid not in words]:
-        raise DamagedFile(folder / "words.txt", f"has no words for {missing[0]}")
-    rows = {"train": _train_rows(folder, wnids), "val": _val_rows(folder, wnids)}
-    per_class = Counter(row.wnid for row in rows["train"]).values()
+    classes = [folder / "train" / wnid for wnid in wnids]
+    per_class = [len(_lines(c / f"{c.name}_boxes.txt")) for c in classes]
+    if split == "train":
+        rows = [row for c in classes for row in _rows(c / f"{c.name}_boxes.txt", c / "images", c.name)]
+    else:
+        rows = _rows(folder / "val" / "val_annotations.txt", folder / "val" / "images")
+        if len(rows) != VAL_COUNT:
+            raise DamagedFile(folder / "val" / "val_annotations.txt", f"has {len(rows)} lines, not {VAL_COUNT}")
+    if unknown := {wnid for _, wnid, _ in rows}.symmetric_difference(wnids) | set(wnids).difference(words):
+        raise DamagedFile(folder / "wnids.txt", f"does not fit the other lists of classes ({min(unknown)})")
+    labels = np.array([wnids.index(wnid) for _, wnid, _ in rows])
+    picked = np.arange(len(rows)) if limit is None else spread(labels, limit, seed)
+    images = np.empty((len(picked), 64, 64, 3), dtype=np.uint8)
+    for i, position in enumerate(picked):  # 6 s for 50,000; threads made it slower
+        images[i] = _pixels(rows[position][0])
     counted = "–".join(str(n) for n in sorted({min(per_class), max(per_class)}))
-
-    chosen = rows[split]
-    index = {wnid: i for i, wnid in enumerate(wnids)}
-    labels = np.array([index[row.wnid] for row in chosen])
-    if limit is not None:
-        picked = spread(labels, limit, seed)
-        chosen, labels = [chosen[i] for i in picked], labels[picked]
-    images = np.empty((len(chosen), 64, 64, 3), dtype=np.uint8)
-    for i, row in enumerate(chosen):  # 6 s for 50,000; threads made it slower
-        images[i] = _pixels(row.folder / row.name)
     return TinyImageNet(
         torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        torch.from_numpy(labels),
-        torch.tensor([row.box for row in chosen]),
+        torch.from_numpy(labels[picked]),
+        torch.tensor([rows[position][2] for position in picked]),
         wnids,
         [words[wnid] for wnid in wnids],
-        Provenance("Tiny ImageNet", f"official layout, {counted} training images a class"),
+        with_notice("Tiny ImageNet", f"official layout, {counted} training images a class", folder),
     )
 
 
@@ -103,45 +93,26 @@ def spread(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
     as of any other, give or take one."""
     order = np.random.default_rng(seed).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
-    starts = np.searchsorted(labels[by_class], labels[by_class])
     turn = np.empty(len(labels), dtype=np.int64)  # this is the how-manieth image of its class?
-    turn[by_class] = np.arange(len(labels)) - starts
+    turn[by_class] = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])
     return np.sort(order[np.argsort(turn[order], kind="stable")][:limit])
 
 
-def _train_rows(folder: Path, wnids: list[str]) -> list[_Row]:
-    classes = [folder / "train" / wnid for wnid in wnids]
-    return [row for c in classes for row in _rows(c / f"{c.name}_boxes.txt", c / "images", c.name)]
-
-
-def _val_rows(folder: Path, wnids: list[str]) -> list[_Row]:
-    path = folder / "val" / "val_annotations.txt"
-    rows = _rows(path, folder / "val" / "images")
-    if len(rows) != VAL_COUNT:
-        raise DamagedFile(path, f"has {len(rows)} lines, not {VAL_COUNT}")
-    if unknown := {row.wnid for row in rows}.difference(wnids):
-        raise DamagedFile(folder / "wnids.txt", f"does not have {min(unknown)}, which {path.name} uses")
-    return rows
-
-
-def _rows(path: Path, images: Path, wnid: str = "") -> list[_Row]:
-    """The lines `name [wnid] x0 y0 x1 y1` of an annotation file, each of an image that exists."""
-    there = {entry.name for entry in images.iterdir()} if images.is_dir() else set()
+def _rows(annotations: Path, images: Path, wnid: str = "") -> list[tuple[Path, str, list[int]]]:
+    """Image, class and box from the lines `name [wnid] x0 y0 x1 y1` of an annotation file."""
     rows = []
-    for line in _lines(path):
+    for line in _lines(annotations):
         try:
             name, *label, x0, y0, x1, y1 = line.split()
-            rows.append(_Row(images, name, label[0] if label else wnid, [int(x0), int(y0), int(x1), int(y1)]))
+            rows.append((images / name, label[0] if label else wnid, [int(x0), int(y0), int(x1), int(y1)]))
         except ValueError as error:
-            raise DamagedFile(path, f"has a line that cannot be read: {line!r}") from error
-        if name not in there:
-            raise DamagedFile(images / name, f"is missing, although {path.name} lists it")
+            raise DamagedFile(annotations, f"has a line that cannot be read: {line!r}") from error
     return rows
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise DamagedFile(path, "is missing or not text") from error
 
@@ -151,4 +122,4 @@ def _pixels(path: Path) -> np.ndarray:
         with Image.open(path, formats=["JPEG"]) as image:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
-        raise DamagedFile(path, "is truncated or not a JPEG file") from error
+        raise DamagedFile(path, "is missing, truncated or not a JPEG file") from error
