@@ -1,186 +1,151 @@
-"""Settings, provenance, results, display, plots: the small things that every notebook leans on."""
+"""The house: what may import what, what must be declared, and whether README's commands and links exist."""
 
-import json
-import math
+import ast
+import importlib.metadata
+import os
 import re
+import shutil
+import subprocess
+import sys
 
-import matplotlib.pyplot as plt
-import numpy as np
+import nbformat
 import pytest
-import torch
 
-from pdl_utils import plots, results, settings
-from pdl_utils.display import show_source, table, without_docstrings
-from pdl_utils.provenance import Provenance, describe_run
-from pdl_utils.settings import Profile, flag, get_profile, pick_device, seed_everything
+from pdl_utils.settings import REPOSITORY
 
-FULL, FAST = Profile("full", "a test"), Profile("fast", "a test")
-
-
-def test_profile_follows_the_environment(monkeypatch):
-    monkeypatch.setenv("PDL_PROFILE", "Full")
-    assert get_profile().choose(fast=1, full=2) == 2
-    monkeypatch.setenv("PDL_PROFILE", "fast")
-    assert get_profile().choose(fast=1, full=None) == 1
-    monkeypatch.setenv("PDL_PROFILE", "quick")
-    with pytest.raises(ValueError, match="PDL_PROFILE='quick': set it to 'fast' or 'full'"):
-        get_profile()
+TOPICS = {"grad_cam", "graphs", "few_labels"}
+PYPROJECT = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+TOOLS = {"jupyterlab", "nbconvert"}  # declared because README's commands call them, not because they are imported
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize(("gpu", "expected"), [(True, "full"), (False, "fast")])
-def test_unset_the_profile_fits_the_machine_and_says_why(monkeypatch, gpu, expected):
-    monkeypatch.delenv("PDL_PROFILE", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    profile = get_profile()
-    assert profile.name == expected
-    assert "GPU was found" in str(profile)
+def imports(code):
+    """Names of the modules that Python code imports, wherever in it."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import: write it out"
+            yield node.module
+            if node.module == "pdl_utils":  # "from pdl_utils import plots"
+                yield from (f"pdl_utils.{alias.name}" for alias in node.names)
 
 
-def test_device(monkeypatch):
-    monkeypatch.setenv("PDL_DEVICE", "meta")
-    assert pick_device() == torch.device("meta")
-    monkeypatch.setenv("PDL_DEVICE", "warp9")
-    with pytest.raises(ValueError, match="PDL_DEVICE='warp9'"):
-        pick_device()
+def code_of(path):
+    if path.suffix == ".py":
+        return path.read_text(encoding="utf-8")
+    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    return "\n".join(line for cell in cells for line in cell.splitlines() if not line.startswith(("%", "!")))
 
 
-@pytest.mark.parametrize(("value", "on"), [("1", True), ("yes", True), ("0", False), ("", False), ("off", False)])
-def test_flags(monkeypatch, value, on):
-    monkeypatch.setenv("PDL_TEST_FLAG", value)
-    assert flag("PDL_TEST_FLAG") is on
-    assert flag("PDL_UNSET_FLAG") is False
+def declared(*extras):
+    """Names of the distributions in pyproject.toml's dependencies, and in these extras."""
+    chosen = [
+        re.search(rf"^{name} = \[(.*?)\]$", PYPROJECT, re.MULTILINE | re.DOTALL)[1]
+        for name in ("dependencies", *extras)
+    ]
+    return {name.lower() for text in chosen for name in re.findall(r'"([\w-]+)>=', text)}
 
 
-def test_seeding_repeats_everything():
-    draws = []
-    for _ in range(2):
-        seed_everything(3)
-        draws.append((torch.rand(1).item(), np.random.rand()))  # noqa: NPY002 (the global state is the point)
-    assert draws[0] == draws[1]
+def imported_distributions(paths):
+    """Distributions, by the file that imports one of their modules."""
+    owners, found, paths = importlib.metadata.packages_distributions(), {}, list(paths)
+    own = {"pdl_utils", "scripts", "benchmarks", *(path.stem for path in paths)}
+    for path in paths:
+        for module in imports(code_of(path)):
+            top = module.partition(".")[0]
+            if top not in sys.stdlib_module_names | own:
+                found.setdefault(owners.get(top, [top])[0].lower().replace("_", "-"), path.name)
+    return found
 
 
-def test_a_stand_in_is_named_wherever_its_tag_goes():
-    real, substitute = (
-        Provenance("PPI", "official files"),
-        Provenance("PPI", "stand-in: seeded graphs", real=False),
+def test_package_and_notebooks_import_what_is_declared_and_nothing_else():
+    files = [*(REPOSITORY / "pdl_utils").rglob("*.py"), *(REPOSITORY / "scripts").glob("*.py"), *NOTEBOOKS]
+    found = imported_distributions(files)
+    assert {name: file for name, file in found.items() if name not in declared()} == {}
+    assert declared() - set(found) == TOOLS, "declared, but never imported"
+
+
+@pytest.mark.parametrize(("folder", "extra"), [("tests", "test"), ("benchmarks", "bench")])
+def test_tests_and_benchmarks_import_what_their_extra_declares(folder, extra):
+    found = imported_distributions((REPOSITORY / folder).rglob("*.py"))
+    assert {name: file for name, file in found.items() if name not in declared(extra)} == {}
+
+
+def test_topics_import_the_shared_ground_only_and_the_shared_ground_no_topic():
+    package = REPOSITORY / "pdl_utils"
+    assert {path.parent.name for path in package.rglob("*.py")} == {"pdl_utils", "datasets", *TOPICS}
+    checked = 0
+    for path in package.rglob("*.py"):
+        for module in imports(code_of(path)):
+            other = module.split(".")[1] if module.startswith("pdl_utils.") else None
+            if other in TOPICS:
+                assert path.parent.name == other, f"{path.relative_to(package)} imports the topic {other}"
+            assert module.partition(".")[0] not in ("scripts", "tests", "benchmarks"), path.name
+            checked += other is not None
+    assert checked > 25
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_import_from_few_places(path):
+    places = {m for m in imports(code_of(path)) if m.startswith("pdl_utils")} - {"pdl_utils"}
+    assert 1 <= len(places) <= 6, sorted(places)
+    assert not {place for place in places if place.split(".")[1] in TOPICS and place.count(".") > 1}
+    lines = [n for n in ast.walk(ast.parse(code_of(path))) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    assert len(lines) <= 12
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("results", "benchmarks"))]
+)
+def test_links_and_commands_on_a_page_lead_somewhere(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not (REPOSITORY / page).parent.joinpath(link).exists()]
+    assert missing == []
+    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"^make (\w+)|`make (\w+)", text, re.MULTILINE)) <= {
+        pair for target in targets for pair in ((target, ""), ("", target))
+    }
+
+
+def test_readme_is_one_page():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 125
+    assert text.count("![") == len(NOTEBOOKS)
+
+
+def notebook(path, *sources):
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(made, path)
+    return path
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="a system without make has README's three commands")
+def test_the_runner_writes_copies_and_html_and_fails_when_a_cell_does(tmp_path):
+    def run(*arguments):
+        script = REPOSITORY / "scripts" / "run_notebooks.sh"
+        return subprocess.run(
+            ["sh", script, *arguments], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+        )
+
+    good = notebook(
+        tmp_path / "good.ipynb",
+        "from IPython.display import Markdown, display\nshown = display(Markdown('| run |'), display_id=True)",
+        "shown.update(Markdown('| run | 42 seconds |'))",
     )
-    assert real.tag == ""
-    assert "stand-in for PPI" in substitute.tag
-    text = describe_run(FAST, torch.device("cpu"), substitute)
-    assert "| PPI | stand-in: seeded graphs |" in text
-    assert "fast (a test)" in text
-
-
-def test_results_are_kept_in_the_full_profile_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "FIGURES", tmp_path)
-    origin = Provenance("PPI", "official files")
-    results.record(FAST, "2_graphs", "GAT", [0.1], "micro-F1", origin)
-    assert not (tmp_path / "results.json").exists()
-    results.record(FULL, "1_cam", "hits", 0.5, "share", origin)
-    entry = results.record(FULL, "2_graphs", "GAT", [0.9, 0.8, 1.0], "micro-F1", origin)
-    assert entry["mean"] == pytest.approx(0.9)
-    assert entry["std"] == pytest.approx(0.1)
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert written["2_graphs"]["GAT"] == entry
-    assert written["1_cam"]["hits"]["n"] == 1
-    for nonsense in ([], [math.nan], [0.1, math.inf]):
-        with pytest.raises(ValueError, match="no finite results"):
-            results.record(FULL, "2_graphs", "GAT", nonsense, "micro-F1", origin)
-    assert json.loads((tmp_path / "results.json").read_text()) == written
-
-
-def test_figures_are_small_pngs_with_a_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "FIGURES", tmp_path)
-    figure, axis = plt.subplots()
-    axis.plot([1, 2])
-    image = results.show_figure(figure, "line", "a rising line", FULL)
-    assert (tmp_path / "line.png").read_bytes() == image.data
-    assert image.data.startswith(b"\x89PNG")
-    assert image.alt == "a rising line"
-    photo = results.show_figure(plt.figure(), "photo", "a photograph", FAST, photographs=True)
-    assert photo.data.startswith(b"\xff\xd8")  # JPEG
-    assert not plt.get_fignums()
-    results.show_figure(plt.figure(), "other", "nothing", FAST)
-    assert [p.name for p in tmp_path.iterdir()] == ["line.png"]
-
-
-def documented(a):
-    """A docstring
-
-    of three lines."""
-    # a comment that matters
-    return a
-
-
-class OnlyADocstring:
-    """Nothing else."""
-
-
-def test_source_is_shown_without_docstrings_and_still_runs():
-    shown = show_source(documented, OnlyADocstring).data
-    assert "# a comment that matters" in shown
-    assert "docstring" not in shown.replace("OnlyADocstring", "")
-    code = shown.removeprefix("```python\n").removesuffix("\n```")
-    scope = {}
-    exec(code, scope)
-    assert scope["documented"](5) == 5
-    assert without_docstrings("x = 'no docstring'") == "x = 'no docstring'"
-
-
-def test_tables_are_markdown():
-    assert table(["a", "b"], [[1, "two"]]).data == "| a | b |\n|---|---|\n| 1 | two |"
-
-
-def test_overlay_shows_grey_where_there_is_no_evidence_and_color_where_there_is():
-    image = torch.full((3, 4, 4), 200, dtype=torch.uint8)
-    heat = torch.zeros(4, 4)
-    heat[0, 0] = 1
-    picture = plots.overlay(image, heat)
-    assert picture.shape == (4, 4, 3)
-    np.testing.assert_allclose(picture[3, 3], 200 / 255, rtol=1e-5)
-    assert np.ptp(picture[0, 0]) > 0.1
-    signed = plots.overlay(image, heat - torch.eye(4).flip(0))
-    assert signed[0, 0, 0] > signed[0, 0, 2]  # for: orange
-    assert signed[3, 0, 2] > signed[3, 0, 0]  # against: purple
-
-
-def test_a_gradient_of_zero_is_grey():
-    np.testing.assert_allclose(plots.gradient_picture(torch.zeros(3, 4, 4)), 0.5)
-    assert plots.gradient_picture(torch.randn(3, 8, 8)).shape == (8, 8, 3)
-
-
-def test_grids_curves_and_bars_draw():
-    plots.use_style()
-    figure = plots.image_grid([np.zeros((4, 4, 3))] * 3, ["a", "b", "c"], columns=2, title="t", row_labels=["r"])
-    assert len(figure.axes) == 4
-    figure, (left, right) = plt.subplots(1, 2)
-    plots.curves(
-        left, [1, 2], {"one": [1, 2], "three runs": [[1, 2], [2, 3], [3, 4]]}, xlabel="x", ylabel="y", title=""
-    )
-    assert [t.get_text() for t in left.get_legend().get_texts()] == ["one", "three runs"]
-    plots.comparison(right, {"a": (0.5, 0.4, 0.6)}, xlabel="share", title="t", references={"paper": 0.7})
-    assert [t.get_text() for t in right.get_yticklabels()] == ["a"]
-    plt.close("all")
-
-
-def test_the_repository_is_where_the_package_is():
-    assert (settings.REPOSITORY / "pyproject.toml").exists()
-
-
-def test_modules_import_what_the_diagram_in_the_readme_allows():
-    readme = (settings.REPOSITORY / "README.md").read_text(encoding="utf-8")
-    diagram = readme.partition("flowchart LR\n")[2].partition("```")[0]
-    boxes = {}
-    for part in re.split(r"-->|\n", diagram):
-        name, _, label = part.strip().partition("[")
-        if name:
-            boxes.setdefault(name, label.strip('"]') or name)
-    place = {module: i for i, label in enumerate(boxes.values()) for module in re.split(" · |<br>", label)}
-    package = settings.REPOSITORY / "pdl_utils"
-    allowed = 0
-    for module, where in place.items():
-        for path in [*package.glob(f"{module}.py"), *package.glob(f"{module}/*.py")]:
-            for other in re.findall(r"^from pdl_utils\.(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
-                assert place.get(other, 0) <= where, f"{module} imports {other}, which stands right of it"
-                allowed += other in place
-    assert allowed > 25
+    bad = notebook(tmp_path / "bad.ipynb", "1 / 0")
+    before = bad.read_bytes()
+    assert run(tmp_path / "out", good).returncode == 0
+    assert "42 seconds" in (tmp_path / "out" / "good.html").read_text(encoding="utf-8")
+    ran = run("--in-place", bad, good)
+    assert ran.returncode == 1
+    assert "failed: bad" in ran.stderr
+    assert re.search(r"bad failed after \d+ s", ran.stdout)
+    assert re.search(r"\[2/2\] good … ok in \d+ s", ran.stdout)
+    assert bad.read_bytes() == before  # a failed run replaces nothing
+    executed = nbformat.read(good, as_version=4)
+    assert executed.cells[0].outputs[0].data["text/markdown"] == "| run | 42 seconds |"
+    assert executed.metadata.language_info == {"name": "python"}  # no version that changes with every rendering
+    assert "execution" not in executed.cells[0].metadata

@@ -1,4 +1,4 @@
-"""README's table of results: this repository beside the papers and the best public figures, never by hand."""
+"""docs/results.md and README's table: never by hand, and the numbers that the notebooks show."""
 
 import json
 import re
@@ -6,19 +6,17 @@ import re
 import nbformat
 import pytest
 
-from pdl_utils.results import MARKERS, published_figures, readme_table
 from pdl_utils.settings import REPOSITORY
+from scripts.make_docs import CHOSEN, load, readme_table, results_page, with_table
 
-RESULTS = json.loads((REPOSITORY / "figures" / "results.json").read_text(encoding="utf-8"))
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-
-
-def table_in(readme):
-    return readme.partition(MARKERS[0])[2].partition(MARKERS[1])[0].strip()
+RESULTS, PUBLISHED = load("results.json"), load("published.json")
 
 
-def test_readme_shows_what_the_two_lists_say():
-    assert table_in(README) == readme_table(RESULTS).strip()
+def test_the_pages_show_what_the_two_lists_say():
+    assert (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8") == results_page(RESULTS, PUBLISHED)
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert readme == with_table(readme, readme_table(RESULTS, PUBLISHED))
+    assert len(CHOSEN) <= 10
 
 
 @pytest.mark.parametrize("notebook", RESULTS)
@@ -27,19 +25,18 @@ def test_a_result_is_the_number_that_its_notebook_shows(notebook):
     outputs = [o for cell in cells for o in cell.get("outputs", [])]
     shown = "\n".join(o.get("text") or o.get("data", {}).get("text/markdown", "") for o in outputs).splitlines()
     for name, entry in RESULTS[notebook].items():
-        heads = f"| {name} |", f"| {name.removesuffix(', test micro-F1')} |"
-        rows = [line for line in shown if line.startswith(heads)]
+        assert set(entry) == {"mean", "std", "n", "unit", "provenance", "run"}, name
+        assert entry["run"].startswith("full"), name
+        rows = [line for line in shown if line.startswith(f"| {name} |")]
         assert any(f"{entry['mean']:.3f}" in row for row in rows), (name, entry["mean"], rows)
 
 
 def test_a_published_figure_says_what_it_is_and_where_it_stands():
-    figures = published_figures()
-    assert len({json.dumps(f, sort_keys=True) for f in figures}) == len(figures)
-    for figure in figures:
+    assert len({json.dumps(f, sort_keys=True) for f in PUBLISHED}) == len(PUBLISHED)
+    for figure in PUBLISHED:
         assert set(figure) == {"notebook", "rows", "column", "figure", "measured", "source", "address"}
-        assert figure["column"] in ("papers", "public")
+        assert figure["column"] in ("paper", "public")
         assert re.match(r"0\.\d{3}( ± 0\.\d{3})? ?\S", figure["figure"])
-        assert "(" in figure["figure"], f"{figure['figure']}: say in a few words what it was measured on"
         assert figure["address"].startswith("https://")
         assert figure["measured"]
         assert figure["source"]
@@ -50,47 +47,38 @@ def entry(mean, provenance="PPI: official files"):
 
 
 def figure(**changes):
-    theirs = {"notebook": "2_graphs", "rows": ["GAT"], "column": "papers", "figure": "0.973 (PPI)"}
+    theirs = {"notebook": "2_graphs", "rows": ["GAT"], "column": "paper", "figure": "0.973 (PPI)"}
     return theirs | {"measured": "GAT", "source": "a paper", "address": "https://a.paper"} | changes
 
 
-def test_a_row_stands_beside_the_papers_and_the_best():
+def test_a_row_stands_beside_the_paper_and_the_best():
     ours = {"2_graphs": {"rank 16": entry(0.25), "rank 2": entry(0.5), "GAT": entry(0.75)}}
-    table = readme_table(ours, [figure(), figure(column="public", figure="0.997 (PPI)")])
-    assert "| GAT | 0.750 | 0.973 (PPI) <sup>a</sup> | 0.997 (PPI) <sup>b</sup> | share |" in table
-    assert "| rank 2 | 0.500 | – | – | share |\n| rank 16 | 0.250 | – | – | share |" in table
-    assert "<sup>a</sup> GAT ([a paper](https://a.paper))" in table
-    assert "not comparable" not in table
+    theirs = [figure(), figure(column="public", figure="0.997", measured="g2-MLP")]
+    page = results_page(ours, theirs)
+    assert "| GAT | 0.750 | 0.973 (PPI) <sup>a</sup> | 0.997 <sup>b</sup> | share |" in page
+    assert "| rank 2 | 0.500 | – | – | share |\n| rank 16 | 0.250 | – | – | share |" in page
+    assert "- <sup>a</sup> GAT ([a paper](https://a.paper))" in page
+    assert "not comparable" not in page
+    table = readme_table(ours, theirs, [("2_graphs", "GAT", "attention")])
+    assert table.endswith("\n| 2 · attention | 0.750 | 0.973 (PPI) | 0.997 |")
     stand_in = {"2_graphs": {"GAT": entry(0.75, "PPI: stand-in: seeded graphs")}}
-    assert "**not comparable**" in readme_table(stand_in, [figure()])
-    assert "not comparable" not in readme_table(stand_in, [])
-
-
-def test_every_change_to_a_number_or_a_list_shows():
-    published = published_figures()
-    tables = {readme_table(RESULTS)}
-    for notebook, entries in RESULTS.items():
-        name = next(iter(entries))
-        changed = RESULTS | {notebook: entries | {name: entries[name] | {"mean": 0.123}}}
-        tables.add(readme_table(changed))
-    for number, theirs in enumerate(published):
-        tables.add(readme_table(RESULTS, published[:number] + published[number + 1 :]))
-        tables.add(
-            readme_table(
-                RESULTS, [*published[:number], theirs | {"figure": "0.999 (?)"}, *published[number + 1 :]]
-            )
-        )
-    assert len(tables) == 1 + len(RESULTS) + 2 * len(published)
+    assert "**not comparable**" in results_page(stand_in, theirs)
+    assert "0.750 (stand-in)" in readme_table(stand_in, theirs, [("2_graphs", "GAT", "attention")])
 
 
 @pytest.mark.parametrize(
     ("published", "complaint"),
     [
-        ([figure(rows=["GAT", "GATv3"])], r"\['GATv3'\], which 2_graphs has not recorded"),
-        ([figure(notebook="4_more")], r"\['4_more'\], which have no results"),
-        ([figure(), figure(figure="0.5 (PPI)")], "two figures for 'GAT', papers"),
+        ([figure(rows=["GAT", "GATv3"])], "2_graphs has recorded no result 'GATv3'"),
+        ([figure(notebook="4_more")], "4_more has recorded no result"),
+        ([figure(), figure(figure="0.5")], "two figures for"),
     ],
 )
 def test_a_figure_beside_nothing_is_an_error(published, complaint):
     with pytest.raises(ValueError, match=complaint):
-        readme_table({"2_graphs": {"GAT": entry(0.75)}}, published)
+        results_page({"2_graphs": {"GAT": entry(0.75)}}, published)
+
+
+def test_a_row_of_readme_that_was_not_recorded_is_an_error():
+    with pytest.raises(ValueError, match="1_grad_cam has recorded no result 'x'"):
+        readme_table(RESULTS, PUBLISHED, [("1_grad_cam", "x", "y")])
