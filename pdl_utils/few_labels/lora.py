@@ -1,77 +1,77 @@
-"""LoRA: learn a low-rank update of frozen weights (Hu et al. 2021, arXiv:2106.09685).
-
-RuntimeErrors of this module mean that the model is merged, see `merge_lora`."""
+"""LoRA: learn a low-rank update beside frozen layers (Hu et al. 2021, arXiv:2106.09685)."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization
-from torch.utils._pytree import tree_map
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Patterns = str | Sequence[str]
 
-kaiming_uniform = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))  # as these layers' own weights start
+
+class LowRank(nn.Module):
+    """The update of one layer, s·B(A(x)): A maps to `rank` numbers, B from them to the layer's outputs.
+
+    A is a layer like the frozen one, with its stride and padding; B looks at one position only, and is zero
+    at first. s is alpha / rank (sec. 4.1), or alpha / √rank if `scaling` is "rs", which keeps updates of any
+    rank at one size (Kalajdzievski 2023, arXiv:2312.03732). A layer with groups gets `rank` numbers a group.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, scaling: str = "standard") -> None:
+        super().__init__()
+        self.scale = alpha / (rank if scaling == "standard" else math.sqrt(rank))
+        self.groups = g = getattr(base, "groups", 1)
+        like: dict[str, Any] = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        if isinstance(base, nn.Linear):
+            self.A = nn.Linear(base.in_features, rank, **like)
+            self.B = nn.Linear(rank, base.out_features, **like)
+        else:
+            places = {n: getattr(base, n) for n in ("stride", "padding", "dilation", "padding_mode")}
+            self.A = type(base)(base.in_channels, g * rank, base.kernel_size, groups=g, **places, **like)
+            self.B = type(base)(g * rank, base.out_channels, 1, groups=g, **like)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.B(self.scale * self.A(x))
+
+    def weight(self) -> Tensor:
+        """s·BA as one matrix, or one per group: (out, in · kernel)."""
+        A = self.A.weight.reshape(self.groups, -1, self.A.weight[0].numel())
+        B = self.B.weight.reshape(self.groups, -1, A.shape[1])
+        return self.scale * (B @ A).flatten(0, 1)
 
 
 class LoRA(nn.Module):
-    """The parametrization W → W + s·BA (eq. 3). A is (rank, in, *kernel), random; B is (out, rank), zero at
-    first; s is alpha / rank (sec. 4.1), or alpha / √rank if `scaling` is "rs", which keeps updates of any
-    rank at one size (Kalajdzievski 2023, arXiv:2312.03732). W is (out, in, *kernel)."""
+    """A frozen layer with low-rank updates beside it, of which one is active: base(x) + s·B(A(x)) (eq. 3)."""
 
-    def __init__(self, weight: Tensor, rank: int, alpha: float, scaling: str, name: str, init_a: Callable):
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.name, self.scale = name, alpha / (rank if scaling == "standard" else math.sqrt(rank))
-        self.A = nn.Parameter(weight.new_empty(rank, *weight.shape[1:]))
-        self.B = nn.Parameter(weight.new_zeros(len(weight), rank))
-        self.active = self.enabled = True
-        with torch.no_grad():
-            init_a(self.A)
+        self.base = base
+        self.updates = nn.ModuleDict()  # adapter's name → LowRank
+        self.active: str | None = None  # name of the adapter that is applied
 
-    def extra_repr(self) -> str:
-        return f"{self.name!r}, rank={len(self.A)}, scale={self.scale:g}"
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + self.updates[self.active](x) if self.active in self.updates else y
 
-    def forward(self, weight: Tensor) -> Tensor:
-        if not (self.active and self.enabled):
-            return weight
-        updated = weight.new_empty(0).as_subclass(UpdatedWeight)
-        updated.weight, updated.lora = weight, self
-        return updated
+    @property
+    def weight(self) -> Tensor:
+        """W + s·BA, for what reads a layer's weight. `forward` does not: W is frozen, and its gradient, as
+        large as W, is never computed."""
+        W = self.base.weight
+        return W + self.updates[self.active].weight().view_as(W) if self.active in self.updates else W
 
-
-class UpdatedWeight(Tensor):
-    """W + s·BA, computed only if somebody looks at it. Layers do not: they apply W, A and B one by one, so
-    that the gradient of W, as large as W and of no use, is never computed."""
-
-    @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        by_layer = func in (F.linear, F.conv1d, F.conv2d, F.conv3d) and not kwargs and isinstance(args[1], cls)
-        if not by_layer or args[6:] not in ((), (1,)):  # the seventh is the number of groups
-            return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
-        x, updated, bias, *geometry = *args, *[None] * (3 - len(args))
-        lora = updated.lora
-        y, h = func(x, updated.weight, bias, *geometry), func(x, lora.A, None, *geometry)
-        if func is F.linear and y.ndim == 2:  # scaled and summed up within the product
-            return y.addmm_(h, lora.B.to(h.dtype).t(), alpha=lora.scale)
-        return y.add_(func(h, (lora.scale * lora.B).view(*lora.B.shape, *[1] * (lora.A.ndim - 2))))
-
-
-def dense(x: Any) -> Any:
-    """W + s·BA as an ordinary tensor; anything else as it is."""
-    if not isinstance(x, UpdatedWeight):
-        return x
-    with torch.autocast(x.weight.device.type, enabled=False):
-        return x.weight + (x.lora.B @ x.lora.A.flatten(1)).view_as(x.weight) * x.lora.scale
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
 
 
 def add_lora(
@@ -83,47 +83,67 @@ def add_lora(
     name: str = "default",
     train: Patterns = (),
     scaling: str = "standard",
-    init_a: Callable[[Tensor], Any] = kaiming_uniform,
+    init_a: Callable[[Tensor], Any] | None = None,
 ) -> None:
-    """Freeze `model` and give its layers a low-rank update each, which alone learns. What the network
+    """Freeze `model` and wrap its layers in `LoRA`, in place. Only the updates learn. What the network
     computes stays the same until then; but batch norm's running statistics are no parameters, and move in
     train mode as ever.
 
     Args:
-        rank, alpha, scaling: see `LoRA`.
+        rank, alpha, scaling: see `LowRank`.
         targets: linear layers and convolutions, as shell patterns of names from `model.named_modules()`,
             such as "layer4.*".
-        name: of this adapter. One more than there are is added beside the others and becomes the active one.
+        name: of this adapter. A second one is added beside the first and becomes the active one.
         train: patterns of modules that learn as a whole, such as a new head "fc". They get no update, and
             all adapters share them.
-        init_a: fills A, (rank, in, *kernel), in place.
+        init_a: fills A's weight, (rank, in, *kernel), in place; by default it starts as any layer does.
 
     Raises:
-        ValueError: a pattern fits no layer that it could (those there are get listed), a layer has an
-            adapter of this name or another parametrization, rank < 1, or an unknown scaling.
+        ValueError: a pattern fits no layer that it could (the message lists those that there are), a layer
+            has an adapter of this name, rank < 1, an unknown scaling, or a name with a dot.
+        RuntimeError: the model is merged.
     """
-    if rank < 1 or scaling not in ("standard", "rs"):
-        raise ValueError(f"rank must be at least 1, scaling 'standard' or 'rs'; got {rank}, {scaling!r}")
-    adapters = loras(model)
-    modules = {n: m for n, m in model.named_modules() if "parametrizations." not in n}
-    trained = match(train, {n: m for n, m in modules.items() if list(m.parameters())})
+    if rank < 1 or scaling not in ("standard", "rs") or "." in name:
+        raise ValueError(
+            "rank must be at least 1, scaling 'standard' or 'rs', and name without a dot; "
+            f"got {rank}, {scaling!r}, {name!r}"
+        )
+    wrapped, modules = lora_layers(model), outer_modules(model)
+    learners = {n: m for n, m in modules.items() if list(m.parameters()) and not lora_layers(m)}
+    trained = match(train, learners)
     whole = {part for module in trained.values() for part in module.modules()}
-    layers = match(targets, {n: m for n, m in modules.items() if isinstance(m, LAYERS) and m not in whole})
+    if wrapped:
+        whole |= {m for m in modules.values() if learns(m)}  # by `train` of an earlier adapter
+    suitable = {n: m for n, m in modules.items() if n and type(m) in (*LAYERS, LoRA) and m not in whole}
+    layers = match(targets, suitable)
     if not layers:
         raise ValueError("no targets; '*' means all linear layers and convolutions")
     for layer, module in layers.items():
-        names = [lora.name for _, other, lora in adapters if other is module]
-        if name in names:
+        if isinstance(module, LoRA) and name in module.updates:
             raise ValueError(f"layer {layer!r} has an adapter {name!r} already; give the new one another name")
-        if is_parametrized(module) and not names:
-            raise ValueError(f"layer {layer!r} is parametrized by something else than LoRA")
-    model.requires_grad_(False)
-    for module in layers.values():
-        weight = module.parametrizations.weight.original if is_parametrized(module) else module.weight
-        register_parametrization(module, "weight", LoRA(weight, rank, alpha, scaling, name, init_a), unsafe=True)
+    if not wrapped:
+        model.requires_grad_(False)
+    wrappers = {module: module if isinstance(module, LoRA) else LoRA(module) for module in layers.values()}
+    replace(model, wrappers)
+    for layer in wrappers.values():
+        update = layer.updates[name] = LowRank(layer.base, rank, alpha, scaling)
+        if init_a:
+            with torch.no_grad():
+                init_a(update.A.weight)
     for module in trained.values():
         module.requires_grad_(True)
     use_lora(model, name)
+
+
+def learns(module: nn.Module) -> bool:
+    """Has the module, apart from its parts, a parameter that learns?"""
+    return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → module: the model's own parts, without what is inside of LoRA layers."""
+    inner = {part for m in model.modules() if isinstance(m, LoRA) for part in m.modules() if part is not m}
+    return {name: m for name, m in model.named_modules() if m not in inner}
 
 
 def match(patterns: Patterns, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -138,77 +158,74 @@ def match(patterns: Patterns, modules: Mapping[str, nn.Module]) -> dict[str, nn.
     return found
 
 
-def loras(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module, LoRA]]:
-    """(layer's name, layer, LoRA) of all adapters, or of one; a ValueError if there is none of this name."""
-    if any("unmerged" in vars(module) for module in model.modules()):
+def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module in the place of the old one, in all places where the old one stands."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in new:
+                setattr(parent, key, new[child])
+
+
+def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, LoRA]:
+    """Layer's name → its LoRA: all, or those with one adapter; a ValueError if there is none of this name."""
+    if merged_layers(model):
         raise RuntimeError("the model is merged, for inference only; call unmerge_lora(model) first")
-    every = [
-        (layer, module, lora)
-        for layer, module in model.named_modules()
-        if is_parametrized(module, "weight")
-        for lora in module.parametrizations.weight
-        if isinstance(lora, LoRA)
-    ]
-    names = sorted({lora.name for *_, lora in every})
+    layers = {layer: module for layer, module in model.named_modules() if isinstance(module, LoRA)}
+    names = sorted({key for layer in layers.values() for key in layer.updates})
     if name is not None and name not in names:
         raise ValueError(f"the model has no adapter {name!r}; there are {', '.join(names) or 'none'}")
-    return [entry for entry in every if name in (None, entry[2].name)]
+    return {layer: module for layer, module in layers.items() if name is None or name in module.updates}
+
+
+def merged_layers(model: nn.Module) -> dict[nn.Module, LoRA]:
+    """Plain layer that `merge_lora` made → the LoRA layer whose place it has."""
+    return {m: vars(m)["unmerged"][0] for m in model.modules() if "unmerged" in vars(m)}
 
 
 def use_lora(model: nn.Module, name: str) -> None:
     """Switch to an adapter: it alone is applied, and it alone learns. ValueError: there is none of the name."""
-    loras(model, name)
-    for *_, lora in loras(model):
-        lora.active = lora.name == name
-        lora.requires_grad_(lora.active)
+    lora_layers(model, name)
+    for layer in lora_layers(model).values():
+        layer.active = name
+        for key, update in layer.updates.items():
+            update.requires_grad_(key == name)
 
 
 @contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, the frozen weights alone are applied: bit for bit what they did before `add_lora`."""
-    states = [(lora, lora.enabled) for *_, lora in loras(model)]
+    """Inside the `with`, the frozen layers alone are applied: bit for bit what they did before `add_lora`."""
+    active = {layer: layer.active for layer in lora_layers(model).values()}
     try:
-        for lora, _ in states:
-            lora.enabled = False
+        for layer in active:
+            layer.active = None
         yield
     finally:
-        for lora, enabled in states:
-            lora.enabled = enabled
+        for layer, name in active.items():
+            layer.active = name
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Make adapted layers ordinary ones, whose weight is W + s·BA of the active adapter: no latency (sec.
-    4.1), and the `state_dict()` of a plain network. W and the adapters are kept aside; until `unmerge_lora`,
-    `model.train()` and all that deals with adapters raises a RuntimeError. ValueError: there is no adapter."""
-    layers = {module for _, module, _ in loras(model)}
+    """Put plain layers, whose weight is W + s·BA of the active adapter, in the place of the LoRA layers, for
+    inference: no latency (sec. 4.1), and the `state_dict()` of a plain network. The LoRA layers are kept
+    aside; until `unmerge_lora`, what deals with adapters raises a RuntimeError. ValueError: no adapter."""
+    layers = lora_layers(model).values()
     if not layers:
         raise ValueError("the model has no adapter to merge; add_lora adds one")
-    for module in layers:
-        merged = dense(module.weight).detach().clone()
-        # Not by remove_parametrizations: it changes the class, which copies of the layer share.
-        module.unmerged = type(module), module._modules.pop("parametrizations")
-        module.__class__ = type(module).__base__
-        module.weight = nn.Parameter(merged, requires_grad=False)
-    model.train = partial(train_unmerged, model)
+    plain = {layer: copy.deepcopy(layer.base) for layer in layers}
+    for layer, module in plain.items():
+        module.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        module.unmerged = (layer,)  # in a tuple, or it would be a part of the module and of its state_dict
+    replace(model, plain)
 
 
 def unmerge_lora(model: nn.Module) -> None:
     """Undo `merge_lora`, bit for bit. RuntimeError: the model is not merged."""
-    merged = [module for module in model.modules() if "unmerged" in vars(module)]
-    if not merged:
+    layers = merged_layers(model)
+    if not layers:
         raise RuntimeError("the model is not merged; merge_lora(model) merges it")
-    vars(model).pop("train", None)
-    for module in merged:
-        weight = module._parameters.pop("weight")
-        module.__class__, parametrizations = vars(module).pop("unmerged")
-        module.parametrizations = parametrizations.to(weight.device, weight.dtype)  # the model may have moved
-
-
-def train_unmerged(model: nn.Module, mode: bool = True) -> nn.Module:
-    """`train` of a merged model, which its `eval` calls too."""
-    if mode:
-        loras(model)  # raises
-    return type(model).train(model, mode)
+    for module, layer in layers.items():
+        layer.to(module.weight.device, module.weight.dtype).train(module.training)  # as the model is by now
+    replace(model, layers)
 
 
 def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -216,14 +233,14 @@ def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor
     names the parameters and buffers of modules that learn as a whole (`train` of `add_lora`). As in
     `state_dict()`, the tensors are the model's own. ValueError: there is no adapter of this name."""
     state: dict[str, Tensor] = {}
-    for layer, _, lora in loras(model, name):
-        scale = torch.tensor(lora.scale, dtype=torch.float64)
-        for key, value in (("A", lora.A), ("B", lora.B), ("scale", scale)):
-            state[f"{layer}.lora_{key}".lstrip(".")] = value.detach()
-    for prefix, module in model.named_modules():
-        learning = [(key, p) for key, p in module.named_parameters(recurse=False) if p.requires_grad]
-        if learning and not isinstance(module, LoRA):
-            for key, value in [*learning, *module.named_buffers(recurse=False)]:
+    for layer, module in lora_layers(model, name).items():
+        update = module.updates[name]
+        state[f"{layer}.lora_A"] = update.A.weight.detach()
+        state[f"{layer}.lora_B"] = update.B.weight.detach()
+        state[f"{layer}.lora_scale"] = torch.tensor(update.scale, dtype=torch.float64)
+    for prefix, module in outer_modules(model).items():
+        if learns(module):
+            for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 state[f"{prefix}.{key}".lstrip(".")] = value.detach()
     return state
 
