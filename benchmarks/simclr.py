@@ -24,7 +24,7 @@ from side_by_side import LIMIT, measure, report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pdl_utils.few_labels.simclr import SimCLR, cifar_encoder, nt_xent_loss, two_views
+from pdl_utils.few_labels import VIEW, SimCLR, cifar_encoder, nt_xent_loss
 from pdl_utils.images import normalize
 from pdl_utils.settings import pick_device, seed_everything
 
@@ -54,7 +54,7 @@ def loader_of(data: Dataset, workers: int) -> DataLoader:
 def our_batches(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Two views of every batch of a shuffled epoch."""
     for batch in images[torch.randperm(len(images)).to(images.device)].split(BATCH):
-        yield two_views(batch)
+        yield VIEW(batch), VIEW(batch)
 
 
 def train(batches: Iterable[Sequence[Tensor]], model: nn.Module, loss_of: Callable[..., Tensor]) -> None:
@@ -109,9 +109,12 @@ def main() -> None:
         warmup=5,
     )
 
-    ours = SimCLR(*cifar_encoder(width=32, stem_stride=2), temperature=0.2)
+    ours = SimCLR(*cifar_encoder(width=32, stem_stride=2))
     ours.to(device, memory_format=torch.channels_last)
     theirs = copy.deepcopy(ours)
+
+    def our_objective(*views: Tensor) -> Tensor:
+        return nt_xent_loss(*ours(normalize(torch.cat(views))).chunk(2), 0.2)
 
     def peer_objective(*views: Tensor) -> Tensor:
         """lightly's tutorials pass the views through the network one after the other."""
@@ -119,11 +122,11 @@ def main() -> None:
         return peer_loss(*(theirs.projector(theirs.encoder(view)) for view in both))
 
     def network_alone(*views: Tensor) -> Tensor:
-        return ours.projector(ours.encoder(normalize(torch.cat(views)))).square().mean()
+        return ours(normalize(torch.cat(views))).square().mean()
 
     steps = measure(
         {
-            "ours": lambda: train(our_batches(images), ours, lambda *views: ours(views)),
+            "ours": lambda: train(our_batches(images), ours, our_objective),
             "theirs": lambda: train(workers, theirs, peer_objective),
             "network": lambda: train(ready, ours, network_alone),
         },

@@ -1,16 +1,31 @@
-"""The weight files that ship: small, complete in their facts, and described by README with the same numbers."""
+"""The weight files that ship: small, complete in their facts, described by README with the same numbers, and as
+good as they say."""
+
+import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from pdl_utils.evaluation import outputs
-from pdl_utils.few_labels.simclr import pretrained_encoder
+from pdl_utils.datasets import cifar10, tiny_imagenet
+from pdl_utils.few_labels import knn_accuracy, pretrained_encoder
+from pdl_utils.images import outputs, top1
 from pdl_utils.resnet import own_network
-from pdl_utils.settings import REPOSITORY
 from pdl_utils.weights import CHECKPOINTS, load_weights, read_digests
 
 FILES = sorted(read_digests(CHECKPOINTS))
 README = (CHECKPOINTS / "README.md").read_text(encoding="utf-8")
+DATA = Path(os.environ.get("PDL_DATA", "")).expanduser()
+
+
+def needs(folder):
+    return pytest.mark.skipif(not (DATA / folder).is_dir(), reason=f"PDL_DATA holds no {folder}")
+
+
+def assert_near(measured, stated, images):
+    """Within three standard errors of a share that is measured on so many images."""
+    assert abs(measured - stated) < 3 * math.sqrt(stated * (1 - stated) / images), (measured, stated)
 
 
 def test_the_list_of_digests_is_that_of_the_files():
@@ -32,20 +47,30 @@ def test_a_file_is_small_and_says_how_it_came_about(name):
         assert f"{figure:.1%}" in row
 
 
+@needs("tiny-imagenet-200")
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34"])
-def test_the_accuracy_that_the_main_readme_gives_is_the_measured_one(arch):
+def test_a_network_recognises_as_many_images_as_it_says(arch):
     _, facts = load_weights(CHECKPOINTS / f"{arch}_tiny_imagenet.safetensors")
-    main = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert f"| ResNet-{arch[-2:]} | {facts['top1']['128']:.1%} |" in main
-    network = own_network(arch)
-    assert len(network.categories) == 200
-    assert f"{facts['top1']['128']:.1%}" in network.provenance.source
+    network, side = own_network(arch), facts["resolution"]
+    data = tiny_imagenet("val", limit=400)
+    assert network.categories == [name.split(",")[0] for name in data.names]
+    assert f"top-1 {facts['top1'][str(side)]:.1%} at {side} px" in network.provenance.source
+    assert_near(top1(network.model, data.images, data.labels, side), facts["top1"][str(side)], 400)
+
+
+@needs("cifar-10-batches-py")
+def test_the_neighbours_of_the_encoders_features_are_of_the_same_class_as_often_as_it_says():
+    network, provenance, facts = pretrained_encoder()
+    assert f"{facts['epochs']} epochs" in provenance.source
+    data = cifar10()
+    bank, queries = 10_000, 1_000  # the first of the 2,000 queries of the pretraining program
+    features = outputs(network, data.train_images[: bank + queries])
+    assert features.shape == (bank + queries, 8 * facts["width"])
+    labels = data.train_labels[: bank + queries]
+    found = knn_accuracy(features[:bank], labels[:bank], features[bank:], labels[bank:])
+    assert_near(found, facts["knn"][-1], queries)
 
 
 def test_the_encoder_gives_features_that_depend_on_the_image():
-    network, provenance, facts = pretrained_encoder()
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    features = outputs(network, images)
-    assert features.shape == (4, 8 * facts["width"])
-    assert features.std(0).mean() > 0.01
-    assert f"{facts['epochs']} epochs" in provenance.source
+    assert outputs(pretrained_encoder()[0], images).std(0).mean() > 0.01

@@ -1,0 +1,136 @@
+"""What both pretraining programs share: options, several processes, where to start from, and facts to ship."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+
+from pdl_utils.settings import device_name, pick_device
+from pdl_utils.training import History
+from pdl_utils.weights import load_weights
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """This process's device. Started by torchrun, the processes know each other inside the `with`."""
+    device = pick_device()
+    if "RANK" not in os.environ:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process and how many there are; (0, 1) outside of a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model itself, or in a process group one whose gradients are averaged over the processes. Batch
+    norm sees the joint batch on GPUs, and a process's own share on CPUs, where torch has nothing for it."""
+    if not dist.is_initialized():
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu else model
+    return nn.parallel.DistributedDataParallel(synced)
+
+
+class Gather(torch.autograd.Function):
+    """(N, D) of every process → (N · processes, D) in each of them. Every process computes the loss of all rows,
+    so a row's gradient is the sum over the processes; averaging the weights' gradients, as DistributedDataParallel
+    does, then gives those of one process with the joint batch."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()  # reduced in place
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def schedule(text: str) -> list[int]:
+    """'64x12,96x4' → 64 twelve times, then 96 four times.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other form.
+    """
+    try:
+        parts = [tuple(map(int, part.split("x"))) for part in text.split(",")]
+        return [size for size, epochs in parts for _ in range(epochs)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}; write size x epochs, as 64x12,96x4") from error
+
+
+def parser_of(description: str, **defaults: object) -> argparse.ArgumentParser:
+    """The options that both programs have, with a program's own `defaults`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="folder for the resumable state, outside the repository")
+    add("--export", type=Path, help="folder to write the finished weights to")
+    add("--start-from", type=Path, help="weights to start from: a run's last.pt, or a file that ships")
+    add("--schedule", type=schedule, help="side of the images in pixels x epochs, …")
+    add("--stop-after", type=int, help="stop after this many epochs of the schedule, to go on another time")
+    add("--batch-size", type=int, help="of all processes together")
+    add("--lr", type=float)
+    add("--weight-decay", type=float, default=5e-4)
+    add("--seed", type=int, default=0)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def starting_point(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in a run's last.pt or in a file that ships, and the facts of their training."""
+    if path.suffix == ".safetensors":
+        return load_weights(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return state["model"], facts_of_history(History(state["history"]))
+
+
+def facts_of_history(history: History) -> dict[str, Any]:
+    """Epochs, minutes and curves of one training."""
+    minutes = round(sum(history["seconds"]) / 60, 1)
+    curves = {name: history[name] for name in ("loss", "knn") if history[name]}
+    return {"epochs": len(history.rows), "training_minutes": minutes, **curves}
+
+
+def facts_of_run(args: argparse.Namespace, history: History, device: torch.device) -> dict[str, Any]:
+    """What every file that ships says of its training. After a second cycle (`--start-from`), epochs, minutes
+    and curves are those of both, and `started_from` is the recipe of the first, or the name of its file."""
+    hidden = ("run", "data", "export", "start_from", "stop_after")  # say where, not how
+    recipe: dict[str, Any] = {key: value for key, value in vars(args).items() if key not in hidden}
+    facts = facts_of_history(history)
+    if args.start_from:
+        _, before = starting_point(args.start_from)
+        recipe["started_from"] = before.get("recipe", args.start_from.stem)
+        facts = {name: before[name] + value if name in before else value for name, value in facts.items()}
+    return {
+        **facts,
+        "recipe": recipe,
+        "seed": args.seed,
+        "hardware": device_name(device),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
+        },
+    }  # fmt: skip

@@ -1,0 +1,111 @@
+"""SimCLR: the loss against lightly's and by hand, and pretraining that learns, resumes and knows no labels."""
+
+import math
+
+import pytest
+import torch
+from lightly.loss import NTXentLoss
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pdl_utils.few_labels import SimCLR, cifar_encoder, knn_monitor, nt_xent_loss, pretrain
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+@pytest.mark.parametrize("shape", [(2, 3), (33, 5)])
+def test_the_loss_and_its_gradient_equal_those_of_lightly(shape, temperature):
+    torch.manual_seed(0)
+    ours = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    theirs = [z.detach().clone().requires_grad_() for z in ours]
+    loss, peer = nt_xent_loss(*ours, temperature), NTXentLoss(temperature)(*theirs)
+    torch.testing.assert_close(loss, peer, rtol=1e-12, atol=0)
+    loss.backward()
+    peer.backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_the_loss_by_hand():
+    """Two images whose views agree perfectly and are orthogonal to each other: e^(1/t) / (e^(1/t) + 2)."""
+    z = torch.eye(2)
+    expected = -math.log(math.exp(2) / (math.exp(2) + 2))
+    assert nt_xent_loss(3 * z, 7 * z, 0.5).item() == pytest.approx(expected, rel=1e-6)  # length is no matter
+
+
+def test_a_view_is_neither_its_own_negative_nor_its_own_positive():
+    """With one image the only other embedding is the right answer: the loss is 0 whatever it is. And equal
+    embeddings tell nothing: every one of the 2N − 1 others is as likely."""
+    torch.manual_seed(0)
+    assert nt_xent_loss(torch.randn(1, 4), torch.randn(1, 4)).item() == pytest.approx(0, abs=1e-6)
+    z = torch.ones(10, 4)
+    assert nt_xent_loss(z, z, 0.2).item() == pytest.approx(math.log(19), rel=1e-5)
+
+
+def test_the_loss_is_computed_in_float32_under_autocast():
+    z = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = nt_xent_loss(z[0], z[1], 0.1)
+        half = nt_xent_loss(z[0].bfloat16(), z[1].bfloat16(), 0.1)
+    assert inside.dtype == half.dtype == torch.float32
+    assert inside.item() == nt_xent_loss(z[0], z[1], 0.1).item()
+    assert half.item() == pytest.approx(inside.item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (2, 4)), ((0, 4), (0, 4)), ((4,), (4,))])
+def test_views_that_do_not_match_are_refused(shapes):
+    with pytest.raises(ValueError, match="two views of the same images"):
+        nt_xent_loss(*map(torch.zeros, shapes))
+
+
+def two_kinds(count=64):
+    """Reddish noise, and stripes, in turn; which is which."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(count) % 2
+    stripes = torch.arange(32).remainder(8).ge(4).mul(200).to(torch.uint8).expand(3, 32, 32)
+    images[labels == 1] = images[labels == 1] // 8 + stripes
+    return images, labels
+
+
+def small_model():
+    torch.manual_seed(0)
+    return SimCLR(*cifar_encoder(16, 2))
+
+
+def test_forward_gives_embeddings_of_normalised_images():
+    model = small_model()
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(model(x), model.projector(model.encoder(x)))
+    assert model(x).shape == (4, 128)
+
+
+def test_pretraining_learns_and_a_monitor_measures_it():
+    images, labels = two_kinds()
+    history = pretrain(
+        small_model(), images, [32] * 4, loss=nt_xent_loss, batch_size=16, lr=0.05,
+        evaluate=knn_monitor(images, labels, 40, 24), progress=False,
+    )  # fmt: skip
+    assert history["loss"][-1] < history["loss"][0]
+    assert history["knn"][-1] > 0.9
+
+
+def test_stopped_it_goes_on_to_the_same_weights(tmp_path):
+    images, _ = two_kinds(32)
+
+    def run(file, stop_after=None):
+        model = small_model()
+        pretrain(
+            model, images, [16, 24, 32], loss=nt_xent_loss, batch_size=16, checkpoint=tmp_path / file,
+            stop_after=stop_after, progress=False,
+        )  # fmt: skip
+        return model.state_dict()
+
+    whole = run("whole.pt")
+    run("pieces.pt", stop_after=1)
+    pieces = run("pieces.pt")
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def test_the_loss_answers_on_the_device_of_its_inputs():
+    with FakeTensorMode():
+        loss = nt_xent_loss(torch.empty(8, 4, device="cuda"), torch.empty(8, 4, device="cuda"))
+        assert loss.device.type == "cuda"
