@@ -54,18 +54,12 @@ class PretrainedNetwork:
         return normalize(crops.to(next(self.model.parameters()).device))
 
     def class_of(self, name: str | None) -> int | None:
-        """The class of this name, which may be 0; None where the network has none, or several, as for "crane".
-        Of synonyms ("goldfish, Carassius auratus") the first counts."""
-        wanted = (name or "").split(",")[0]
-        found = [i for i, category in enumerate(self.categories) if category == wanted] or [
-            i for i, category in enumerate(self.categories) if category.lower() == wanted.lower()
+        """The class of this name, which may be 0; None where the network has none, or several ("crane").
+        Upper and lower case are told apart only where they must be, as for "Cardigan" (a dog) and "cardigan"."""
+        found = [i for i, category in enumerate(self.categories) if category == name] or [
+            i for i, category in enumerate(self.categories) if category.lower() == (name or "").lower()
         ]
         return found[0] if len(found) == 1 else None
-
-    def classes_of(self, names: Sequence[str | None]) -> Tensor:
-        """`class_of` each of N names: int64 (N,) on the CPU, as labels are, with -1 for None."""
-        known = {name: self.class_of(name) for name in set(names)}
-        return torch.tensor([-1 if known[name] is None else known[name] for name in names], dtype=torch.int64)
 
 
 def pretrained_resnet(arch: str, device: torch.device | str = "cpu") -> PretrainedNetwork:

@@ -186,7 +186,9 @@ def test_mistakes_are_named(resnet, images, change, message):
 
 
 @pytest.mark.parametrize("explain", [lambda m, x: grad_cam(m, x, ["0", "2"]), guided_backprop])
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    "fails", [False, pytest.param(True, marks=pytest.mark.fault("exception inside a hook context"))]
+)
 def test_the_model_is_left_as_it_was(explain, fails):
     model = tiny_net().train()
     model[1].eval()
