@@ -1,35 +1,32 @@
-"""GAT and GATv2 layers of this project beside torch_geometric's, on the CPU.
+"""GAT and GATv2 layers beside torch_geometric's, on the processor.
 
-    python benchmarks/graph_attention.py [--rounds 4] [--threads 1 2] [--json FILE]
+    python benchmarks/graph_attention.py [--rounds 4] [--json FILE]
 
-Forward and backward of one layer, `in_channels` → 4 heads of 256, on two graphs of PPI's average size; the
-same weights and edges on both sides. Much of the peer's time is page faults on half-gigabyte temporaries, so
-that the large case is also measured with a C allocator told to keep its memory (glibc).
+Forward and backward pass of one layer, from 1024 or 50 inputs to 4 heads of 256, on two graphs of PPI's average
+size; the same weights and edges on both sides, and the outputs agree. torch_geometric makes tensors of (edges,
+heads, channels), half a gigabyte each. Much of its time is the system's handing out of that memory; so the large
+case is also measured with a C allocator that keeps its memory ("tuned", glibc only). The memory's peak is measured
+in processes of their own.
 
-The limit is what no implementation can avoid, in time: the matrix products, and the memory traffic of the
-edges. Every edge's row of 4·256 numbers is read at least once in the forward pass (the messages' sum) and once
-in the backward pass (their gradient's), and its 4 scores are read and written in each. Nobody has to write
-(edges, heads, channels) tensors, and a row's products with the attention cost less than its way from memory:
-neither counts.
+The limit is what no implementation can avoid: the matrix products, and the way of each edge's row of 4·256
+numbers from memory, once in the forward pass (the messages' sum) and once in the backward pass (their gradient's).
+With 50 inputs there is hardly a product, and the limit is far.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch_geometric
 import torch_geometric.nn as pyg
-from side_by_side import LIMIT, measure, report
+from side_by_side import LIMIT, arguments, measure, report
 from torch import Tensor, nn
 
 from pdl_utils.graphs.edges import SortedEdges
@@ -44,21 +41,19 @@ ALLOCATORS = {
 }
 CASES = [(1024, "default"), (1024, "tuned"), (50, "default")]  # in_channels, allocator
 LARGE = CASES[0][0]
-MEGABYTE = 2**20
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
 
 
-def two_graphs() -> tuple[int, Tensor]:
-    """Number of nodes and edge_index of two random graphs side by side."""
-    edges = torch.randint(0, NODES, (2, NODES * DEGREE))
-    return 2 * NODES, torch.cat([edges, edges.flip(1) + NODES], dim=1)
-
-
-def layer_pair(name: str, in_channels: int) -> tuple[nn.Module, nn.Module]:
+def contestants(name: str, in_channels: int) -> tuple[dict[str, nn.Module], Tensor, dict[str, Any]]:
+    """Both layers with the same weights, the input, and the edges as each of them wants them."""
+    torch.manual_seed(0)
+    one = torch.randint(0, NODES, (2, NODES * DEGREE))
+    edge_index = torch.cat([one, one.flip(1) + NODES], dim=1)
     ours, theirs = LAYERS[name]
-    mine, peer = ours(in_channels, CHANNELS, HEADS), theirs(in_channels, CHANNELS, HEADS)
-    mine.load_state_dict(peer.state_dict())
-    return mine, peer
+    layers = {"ours": ours(in_channels, CHANNELS, HEADS), "PyG": theirs(in_channels, CHANNELS, HEADS)}
+    layers["ours"].load_state_dict(layers["PyG"].state_dict())
+    edges = {"ours": SortedEdges.from_edges(edge_index, 2 * NODES), "PyG": edge_index}
+    return layers, torch.randn(2 * NODES, in_channels, requires_grad=True), edges
 
 
 def step(layer: nn.Module, x: Tensor, edges: Tensor | SortedEdges) -> Tensor:
@@ -78,111 +73,64 @@ def matrix_products(layer: nn.Module, x: Tensor) -> None:
             h @ module.weight.detach()
 
 
-def edge_traffic(rows: Tensor, scores: Tensor, graph: SortedEdges) -> None:
-    """Forward and backward: the edges' rows (N, H·C), read where they lie and summed up; their scores (E, H),
-    read and written."""
-    order, pointers = graph.by_source
-    for bag, offsets in ((graph.source, graph.rowptr), (graph.target[order], pointers)):
-        F.embedding_bag(bag, rows, offsets, mode="sum", include_last_offset=True)
-        scores.clone()
-
-
-def measure_time(name: str, in_channels: int, rounds: int, thread_counts: list[int]) -> list[dict[str, Any]]:
-    """Seconds of ours, theirs and the limit in each round, for each number of threads."""
-    torch.manual_seed(0)
-    nodes, edge_index = two_graphs()
-    x = torch.randn(nodes, in_channels, requires_grad=True)
-    ours, theirs = layer_pair(name, in_channels)
-    graph = SortedEdges.from_edges(edge_index, nodes)
-    rows, scores = torch.randn(nodes, HEADS * CHANNELS), torch.randn(len(graph.source), HEADS)
+def measure_time(name: str, in_channels: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of ours, theirs and the limit in each round."""
+    layers, x, edges = contestants(name, in_channels)
+    graph = edges["ours"]
+    backward = SortedEdges.from_edges(graph.edge_index.flip(0), graph.num_nodes)
+    rows = torch.randn(graph.num_nodes, HEADS * CHANNELS)
 
     def limit() -> None:
-        matrix_products(ours, x)
-        edge_traffic(rows, scores, graph)
+        matrix_products(layers["ours"], x)
+        for way in (graph, backward):  # the edges' rows, read where they lie and summed up
+            F.embedding_bag(way.source, rows, way.rowptr, mode="sum", include_last_offset=True)
 
-    calls = {
-        "theirs": lambda: step(theirs, x, edge_index),
-        "ours": lambda: step(ours, x, graph),
-        "limit": limit,
-        "sorting": lambda: SortedEdges.from_edges(edge_index, nodes).by_source,
-    }
-    expected = step(theirs, x, edge_index)
-    difference = float((step(ours, x, graph) - expected).abs().max() / expected.abs().max())
-    limit()  # the comparison has warmed up the others
-    found = []
-    for threads in thread_counts:
-        torch.set_num_threads(threads)
-        found.append({"threads": threads, "difference": difference, "seconds": measure(calls, rounds, warmup=0)})
-    return found
+    calls = {who: lambda who=who: step(layers[who], x, edges[who]) for who in layers}
+    torch.testing.assert_close(calls["ours"](), calls["PyG"](), rtol=1e-4, atol=1e-5)
+    return measure(calls | {"limit": limit}, rounds, budget=30)
 
 
-def measure_memory(name: str, in_channels: int, side: str) -> dict[str, float]:
+def measure_memory(name: str, in_channels: int, who: str) -> float:
     """How far one forward and backward pass raises the process's peak, in MB."""
-    torch.manual_seed(0)
-    nodes, edge_index = two_graphs()
-    x = torch.randn(nodes, in_channels, requires_grad=True)
-    ours, theirs = layer_pair(name, in_channels)
-    layer, edges = (ours, SortedEdges.from_edges(edge_index, nodes)) if side == "ours" else (theirs, edge_index)
+    layers, x, edges = contestants(name, in_channels)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(layer, x, edges)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_mb": (after - before) * RSS_UNIT / MEGABYTE}
+    step(layers[who], x, edges[who])
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * RSS_UNIT / 2**20
 
 
 def in_fresh_process(allocator: str, what: str, *arguments: Any) -> Any:
     """Run `measure_{what}(*arguments)` in a process of its own, whose C allocator and peak are its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | ALLOCATORS[allocator]
-    command = [sys.executable, __file__, "--worker", json.dumps([what, *arguments])]
+    command = [sys.executable, __file__, json.dumps([what, *arguments])]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(rounds: int, thread_counts: list[int], file: Path | None) -> None:
-    print(f"{'layer':6} {'in':>5} {'threads':>7} {'allocator':>9} {'theirs':>8} {'ours':>8} {'limit':>8}")
-    rows, pairs = [], {}
+def main() -> None:
+    args = arguments(__doc__, rounds=4)
+    pairs: dict[str, tuple[list[float], list[float]]] = {}
+    peaks: dict[str, dict[str, int]] = {}
     for name in LAYERS:
         for in_channels, allocator in CASES:
-            counts = thread_counts if in_channels == LARGE else thread_counts[-1:]
-            for measured in in_fresh_process(allocator, "time", name, in_channels, rounds, counts):
-                threads, seconds = measured["threads"], measured.pop("seconds")
-                row = {"layer": name, "in_channels": in_channels, "allocator": allocator, **measured}
-                row |= {f"{who}_s": round(statistics.median(values), 4) for who, values in seconds.items()}
-                rows.append(row)
-                print(
-                    f"{name:6} {in_channels:5} {threads:7} {allocator:>9}"
-                    f" {row['theirs_s']:7.2f}s {row['ours_s']:7.2f}s {row['limit_s']:7.2f}s",
-                    flush=True,
-                )
-                case = f"{name}, {in_channels} in, {threads} thread{'s' if threads > 1 else ''}"
-                case += "" if allocator == "default" else f", {allocator} allocator"
-                pairs[f"{case}: ours / PyG"] = seconds["ours"], seconds["theirs"]
-                if allocator == "default":
-                    limit = f"{case}: ours / products and edges {LIMIT}"
-                    pairs[limit] = seconds["ours"], seconds["limit"]
-    print(f"\nlargest relative difference of the outputs: {max(row['difference'] for row in rows):.1e}")
-    print(f"checking and sorting the edges, once a batch: {max(row['sorting_s'] for row in rows) * 1e3:.0f} ms")
-    peaks = {}
-    for name in LAYERS:
-        sides = {side: in_fresh_process("default", "memory", name, LARGE, side) for side in ("ours", "theirs")}
-        peaks[name] = {side: round(measured["peak_mb"]) for side, measured in sides.items()}
-        print(f"{name}, {LARGE} in: memory's peak {peaks[name]['ours']} MB, theirs {peaks[name]['theirs']} MB")
+            seconds = in_fresh_process(allocator, "time", name, in_channels, args.rounds)
+            case = f"{name}, {in_channels} in" + ("" if allocator == "default" else f", {allocator} allocator")
+            pairs[f"{case}: ours / PyG"] = seconds["ours"], seconds["PyG"]
+            if allocator == "default":
+                pairs[f"{case}: ours / products and edges {LIMIT}"] = seconds["ours"], seconds["limit"]
+        peaks[name] = {
+            who: round(in_fresh_process("default", "memory", name, LARGE, who)) for who in ("ours", "PyG")
+        }
     title = f"Graph attention, forward and backward, PyG {torch_geometric.__version__}"
-    report(title, pairs, torch.device("cpu"), file, rows=rows, peak_mb=peaks)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        what, *arguments = json.loads(args.worker)
-        print(json.dumps({"time": measure_time, "memory": measure_memory}[what](*arguments)))
-        return
-    compare(args.rounds, args.threads, args.json)
+    report(title, pairs, torch.device("cpu"), args.json, peak_mb=peaks)
+    for name, peak in peaks.items():
+        print(
+            f"{name}, {LARGE} in: the memory's peak is {peak['ours'] / peak['PyG']:.2f} of PyG's {peak['PyG']} MB"
+        )
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] and sys.argv[1].startswith("["):  # a process of `in_fresh_process`
+        what, *rest = json.loads(sys.argv[1])
+        print(json.dumps({"time": measure_time, "memory": measure_memory}[what](*rest)))
+    else:
+        main()

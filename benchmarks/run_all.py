@@ -1,15 +1,16 @@
-"""All benchmarks in turn; their ratios in one JSON file and in one figure.
+"""All benchmarks in turn; their ratios in one JSON file, in one figure, and on the page docs/benchmarks.md.
 
-    python benchmarks/run_all.py [--rounds N] [--out figures]
+    python benchmarks/run_all.py [--rounds N] [--out build/quick] [--draw]
 
-Seven and a half minutes on two CPU cores that nothing else keeps busy. On busy ones, what runs in several
-threads is timed wrongly, by a factor of ten and more. `--rounds 1` is a quick look, best with
-another folder than `figures/`.
+At most fifteen minutes on two ordinary CPU cores that nothing else keeps busy. On busy ones, what runs in
+several threads is timed wrongly, by a factor of ten and more. `--rounds 1` is a quick look, best with `--out`.
+`--draw` measures nothing: it makes the figure and the page from the JSON file that is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import subprocess
@@ -25,11 +26,22 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from side_by_side import LIMIT, save_json
 
 from pdl_utils.plots import COLORS, use_style
-from pdl_utils.results import DPI
-from pdl_utils.settings import REPOSITORY, save_atomically
+from pdl_utils.settings import REPOSITORY, save_atomically, save_text
 
 SCRIPTS = ("grad_cam", "graph_attention", "simclr", "lora")
 PARTS = REPOSITORY / "build" / "bench"
+INTRODUCTION = """# Speed, beside the peers
+
+`make bench` writes this page, [the figure](../figures/benchmarks.png) and
+[the numbers](../figures/benchmarks.json), in at most fifteen minutes on two CPU cores.
+
+![Ratios of our time to that of the peers and of the work that no one can avoid](../figures/benchmarks.png)
+
+Ours and the others take turns, every other round backwards, and the ratio of times is taken round by round: below
+1, ours is faster. The tables give the median and the range. Rows that end with "(limit)" compare with work that no
+implementation can avoid, not with a peer. Ratios depend on the machine, most of all on its memory; what they were
+measured with stands above each table.
+"""
 # Two kinds of comparison, apart in color, in shape and in filling.
 PEER = {"label": "against a peer", "color": COLORS[0], "marker": "o", "markerfacecolor": COLORS[0]}
 WORK = {
@@ -87,23 +99,47 @@ def draw(benchmarks: Mapping[str, Any], file: Path) -> None:
     last.xaxis.set_minor_formatter(NullFormatter())
     handles = [plt.Line2D([], [], linewidth=1.5, markersize=5.5, **look) for look in (PEER, WORK)]
     figure.legend(handles=handles, ncols=2, loc="outside upper right")
-    save_atomically(lambda partial: figure.savefig(partial, format="png", dpi=DPI), file)
+    save_atomically(lambda partial: figure.savefig(partial, format="png", dpi=100), file)
     plt.close(figure)
+
+
+def page(benchmarks: Mapping[str, Any]) -> str:
+    """docs/benchmarks.md: what each benchmark says about itself at its top, and its ratios."""
+    parts = [INTRODUCTION]
+    for name, found in benchmarks.items():
+        code = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        head, _, body = str(ast.get_docstring(ast.parse(code))).partition(".\n")
+        rows = [
+            f"| {what} | {r['median']:.2f} | {r['min']:.2f}–{r['max']:.2f} |"
+            for what, r in found["ratios"].items()
+        ]
+        parts += [
+            f"## {head}\n{body}\n",
+            f"*{found['title']} · {found['device']} · torch {found['torch']}*\n",
+            "| time, ours / theirs | median | range |\n|---|---|---|\n" + "\n".join(rows) + "\n",
+        ]
+        for layer, peak in found.get("peak_mb", {}).items():
+            ours, theirs = peak.values()
+            parts.append(f"Memory's peak, {layer}: {ours} MB, {ours / theirs:.2f} of the peer's {theirs} MB.\n")
+    return "\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="of every benchmark; by default each has its own number")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "figures", help="folder for the two files")
+    parser.add_argument("--out", type=Path, default=REPOSITORY, help="folder for figures/ and docs/")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, make the figure and the page anew")
     args = parser.parse_args()
-    started, files = time.perf_counter(), {}
-    for name in SCRIPTS:
-        files[name] = run(name, args.rounds)
-        print(f"\n== {name} done, {(time.perf_counter() - started) / 60:.1f} min so far", flush=True)
-    benchmarks = merge(files)
-    save_json(benchmarks, args.out / "benchmarks.json")
-    draw(benchmarks, args.out / "benchmarks.png")
-    print(f"benchmarks.json and benchmarks.png are in {args.out}; {(time.perf_counter() - started) / 60:.1f} min")
+    started, files, numbers = time.perf_counter(), {}, args.out / "figures" / "benchmarks.json"
+    if not args.draw:
+        for name in SCRIPTS:
+            files[name] = run(name, args.rounds)
+            print(f"\n== {name} done, {(time.perf_counter() - started) / 60:.1f} min so far", flush=True)
+        save_json(merge(files), numbers)
+    benchmarks = json.loads(numbers.read_text(encoding="utf-8"))
+    draw(benchmarks, numbers.with_suffix(".png"))
+    save_text(page(benchmarks), args.out / "docs" / "benchmarks.md")
+    print(f"figures/benchmarks.json, .png and docs/benchmarks.md are in {args.out}")
 
 
 if __name__ == "__main__":
