@@ -1,12 +1,21 @@
-"""How right a multi-label prediction is, what attention looks at, and how far node features have smoothed."""
+"""How right a multi-label prediction is, what can be looked up without a network, what attention looks at, and
+how far node features have smoothed.
+
+Shapes: N nodes, L labels, E edges, H heads, C channels.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from pdl_utils.graphs.edges import SortedEdges
+
+# --- How right is a prediction? ---
 
 
 def micro_f1(logits: Tensor, labels: Tensor) -> float:
@@ -28,6 +37,56 @@ def label_f1(logits: Tensor, labels: Tensor) -> Tensor:
     return 2 * (predicted & wanted).sum(0).double() / (predicted.sum(0) + wanted.sum(0))
 
 
+def f1_by_rank(logits: Tensor, labels: Tensor, order_by: Tensor, groups: int) -> list[float]:
+    """Micro-F1 of `groups` equally large groups of nodes: those with the smallest `order_by` (N,) first."""
+    return [micro_f1(logits[nodes], labels[nodes]) for nodes in order_by.argsort(stable=True).chunk(groups)]
+
+
+def constant_guess(train_labels: Tensor, test_labels: Tensor) -> float:
+    """Micro-F1 of the best guess that is the same for every node: the labels that more than a share t of the
+    training nodes has, with the t from 0, 0.01, … 0.99 that suits the *test* labels best."""
+    frequency = train_labels.float().mean(0)
+    shares = torch.arange(100, device=frequency.device) / 100
+    return max(micro_f1((frequency > t).float().expand_as(test_labels), test_labels) for t in shares)
+
+
+# --- What can be looked up without a network? ---
+
+
+def look_up_rows(query: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
+    """The share of each label among the reference nodes whose features equal the query's, (N, L).
+
+    Args:
+        query: (N, C) features.
+        reference: (M, C) features with `labels` (M, L). A query that equals none gets the mean of all labels.
+    """
+    _, row = torch.cat([query, reference]).unique(dim=0, return_inverse=True)
+    asked, known = row[: len(query)], row[len(query) :]
+    count = torch.bincount(known, minlength=int(row.max()) + 1).to(labels.dtype).unsqueeze(1)
+    total = labels.new_zeros(len(count), labels.shape[1]).index_add(0, known, labels)
+    return torch.where(count > 0, total / count.clamp_min(1), labels.mean(0))[asked]
+
+
+def surroundings(x: Tensor, graph: SortedEdges, hops: int) -> Tensor:
+    """What a node and its neighbours look like: the features (N, C), their mean over each neighbourhood, the mean
+    of these means, and so on for `hops` steps, side by side: (N, (hops + 1) C). Nothing is learned."""
+    seen = [x]
+    for _ in range(hops):
+        total = torch.zeros_like(x).index_add(0, graph.target, seen[-1].index_select(0, graph.source))
+        seen.append(total / graph.degree.clamp_min(1).unsqueeze(1))
+    return torch.cat(seen, dim=1)
+
+
+def nearest(query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of `query` (N, C) the Euclidean distance to the nearest row of `reference` (M, C), and which
+    row that is: (N,) and int64 (N,)."""
+    parts = [torch.cdist(rows, reference).min(1) for rows in query.split(512)]  # not all of (N, M) at once
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+# --- What does attention look at? ---
+
+
 def attention_entropy(attention: Tensor, graph: SortedEdges, *, relative: bool = False) -> Tensor:
     """Entropy of the attention over the edges into each node: (E, H) → (N, H).
 
@@ -45,6 +104,65 @@ def attention_entropy(attention: Tensor, graph: SortedEdges, *, relative: bool =
 def relative_attention(attention: Tensor, graph: SortedEdges) -> Tensor:
     """α_ij · degree_i, (E, H): 1 where attention is uniform, whatever the neighbourhood's size."""
     return attention * graph.degree.index_select(0, graph.target).unsqueeze(1)
+
+
+def shared_labels(labels: Tensor, graph: SortedEdges) -> Tensor:
+    """Jaccard similarity of the labels at both ends of every edge, (E,) in 0..1: the number of labels that both
+    have, divided by the number that at least one has; 0 where neither has any.
+
+    Args:
+        labels: (N, L) of 0 and 1.
+    """
+    count = labels.sum(1)
+    ends = zip(graph.source.split(2**16), graph.target.split(2**16), strict=True)  # not all of (E, L) at once
+    both = torch.cat([(labels[source] * labels[target]).sum(1) for source, target in ends])
+    either = count[graph.source] + count[graph.target] - both
+    return both / either.clamp_min(1)
+
+
+def preference(weight: Tensor, value: Tensor, graph: SortedEdges) -> Tensor:
+    """Do edges of large weight have a large value, among the edges into the same node? Rank correlations, -1..1,
+    0 for none: weights and values are replaced by their ranks within the neighbourhood, and the ranks of all
+    neighbourhoods are correlated together. Self-loops are left out.
+
+    Args:
+        weight: (E, H), such as a layer's attention.
+        value: (E, K), such as `shared_labels` and other properties of an edge.
+
+    Returns:
+        float64 (H, K); NaN where one of the two never varies within a neighbourhood.
+    """
+    neighbours = graph.source != graph.target
+    target = graph.target[neighbours].cpu().numpy()
+    ranks = [_ranks_within(each[neighbours].cpu().numpy(), target) for each in (weight, value)]
+    (a, b), norms = ranks, [np.linalg.norm(rank, axis=0) for rank in ranks]
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(a.T @ b / np.outer(*norms))
+
+
+def _ranks_within(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Ranks of each column (E, K) within the groups of its rows, ties share theirs; scaled to -1..1 with mean 0 in
+    every group."""
+    size = np.bincount(group)
+    before = np.concatenate([[0], size.cumsum()[:-1]])
+    ranks = np.empty(values.shape)
+    for column in range(values.shape[1]):
+        distinct, code = np.unique(values[:, column], return_inverse=True)
+        rank = rankdata(group * len(distinct) + code)  # first by group, then by value
+        ranks[:, column] = (2 * (rank - before[group]) - 1) / size[group] - 1
+    return ranks
+
+
+def edge_auc(weight: Tensor, wanted: Tensor, graph: SortedEdges, targets: Tensor | None = None) -> float:
+    """ROC-AUC of ranking edges by `weight` (E,) where `wanted` (E,) are the right ones: 1 is perfect, 0.5 chance.
+    Self-loops are left out, and with `targets`, bool (N,), edges into other nodes."""
+    counted = graph.source != graph.target
+    if targets is not None:
+        counted = counted & targets[graph.target]
+    return float(roc_auc_score(wanted[counted].cpu(), weight[counted].cpu()))
+
+
+# --- How far have features smoothed? ---
 
 
 def dirichlet_energy(x: Tensor, graph: SortedEdges, *, relative: bool = False) -> float:

@@ -4,66 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from scipy.cluster.hierarchy import leaves_list, linkage
 from torch import Tensor
 
 from pdl_utils.graphs.edges import SortedEdges
 from pdl_utils.graphs.layers import AttentionConv, Edgeless, GraphNet
-from pdl_utils.plots import COLORS, HEAT, SIGNED
+from pdl_utils.plots import COLORS, HEAT, MARKERS, SIGNED, STYLES
+
+LIKENESS = "cividis"  # how alike two nodes are, 0..1
 
 
-def node_of_degree(graph: SortedEdges, wanted: int) -> int:
-    """The node whose number of edges comes closest to `wanted`; the first of equals."""
-    return int((graph.degree - wanted).abs().argmin())
-
-
-def draw_neighbourhood(
-    axis: Axes,
-    graph: SortedEdges,
-    centre: int,
-    *,
-    title: str,
-    groups: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> None:
-    """A node in the middle, its neighbours in a circle around it, and in grey the edges among these.
+def graphs_overview(sizes: Mapping[str, Sequence[int]], degrees: Tensor, labels: Tensor, *, title: str) -> Figure:
+    """Four panels: nodes a graph in each split, neighbours a node, share of nodes that have each label, and which
+    labels go together.
 
     Args:
-        groups: int (N,); neighbours of the centre's own group come first in the circle, in a colour of
-            their own.
-        weight: (E,) of the edges into the centre; their width is in proportion; all thin without it.
+        sizes: split → nodes of each of its graphs.
+        degrees: int (N,), without self-loops.
+        labels: (N, L) of 0 and 1.
     """
-    into = range(int(graph.rowptr[centre]), int(graph.rowptr[centre + 1]))
-    width = {int(graph.source[edge]): 1.0 if weight is None else float(weight[edge]) for edge in into}
-    width.pop(centre, None)
-    same = {node: groups is None or bool(groups[node] == groups[centre]) for node in width}
-    ring = sorted(width, key=lambda node: not same[node])
-    angle = np.linspace(0, 2 * np.pi, len(ring), endpoint=False)
-    place = dict(zip(ring, np.stack([np.cos(angle), np.sin(angle)], axis=1), strict=True))
-    for a, b in {tuple(sorted(edge)) for edge in graph.edge_index.t().tolist()}:
-        if a in place and b in place and a != b:
-            axis.plot(*np.stack([place[a], place[b]]).T, color="0.88", linewidth=0.7, zorder=1)
-    for node, spot in place.items():
-        thickness = 1.0 if weight is None else 0.3 + 3.5 * width[node] / max(width.values())
-        axis.plot([0, spot[0]], [0, spot[1]], color="black", linewidth=thickness, alpha=0.75, zorder=2)
-        color, marker = (COLORS[0], "o") if same[node] else (COLORS[1], "s")
-        axis.scatter(*spot, color=color, marker=marker, s=48, edgecolors="white", zorder=3)
-    axis.scatter(0, 0, color="black", marker="*", s=210, edgecolors="white", zorder=4)
-    axis.set(title=title, aspect="equal")
-    axis.set_axis_off()
-
-
-def neighbourhood_legend() -> list[Line2D]:
-    """Handles for a legend beside `draw_neighbourhood`."""
-    entries = {"the node": ("black", "*"), "its own group": (COLORS[0], "o"), "another group": (COLORS[1], "s")}
-    return [
-        Line2D([], [], color=color, marker=marker, linestyle="", label=label)
-        for label, (color, marker) in entries.items()
-    ]
+    figure, axes = plt.subplots(1, 4, figsize=(12, 2.9), width_ratios=[1, 1, 1, 1.25])
+    axes[0].hist(list(sizes.values()), bins=10, stacked=True, label=list(sizes), color=COLORS[: len(sizes)])
+    axes[0].set(xlabel="nodes", ylabel="graphs", title="sizes")
+    axes[0].legend()
+    axes[1].hist(degrees.cpu().numpy(), bins=40, color=COLORS[0])
+    axes[1].set(xlabel="neighbours", ylabel="nodes", yscale="log", title="degrees")
+    axes[2].plot(labels.mean(0).sort(descending=True).values.cpu().numpy(), color=COLORS[0])
+    axes[2].set(xlabel="label, the commonest first", ylabel="share of nodes", ylim=(0, 1), title="label frequency")
+    label_cooccurrence(axes[3], labels, title="which labels go together")
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
 
 
 def label_cooccurrence(axis: Axes, labels: Tensor, *, title: str) -> None:
@@ -75,6 +51,45 @@ def label_cooccurrence(axis: Axes, labels: Tensor, *, title: str) -> None:
     axis.figure.colorbar(picture, ax=axis, shrink=0.8, label="correlation")
     axis.set(title=title, xlabel="label", ylabel="label")
     axis.grid(visible=False)
+
+
+def node_of_degree(graph: SortedEdges, wanted: int) -> int:
+    """The node whose number of edges comes closest to `wanted`; the first of equals."""
+    return int((graph.degree - wanted).abs().argmin())
+
+
+def draw_neighbourhood(
+    axis: Axes, graph: SortedEdges, centre: int, likeness: Tensor, *, title: str, weight: Tensor | None = None
+) -> None:
+    """A node in the middle, its neighbours in a circle around it, and in grey the edges among these.
+
+    Args:
+        likeness: (E,) in 0..1, such as `shared_labels`: the colour of a neighbour, and its place in the circle.
+        weight: (E,), such as attention: the width of the edges into the centre; all thin without it.
+    """
+    into = range(int(graph.rowptr[centre]), int(graph.rowptr[centre + 1]))
+    edge = {int(graph.source[e]): e for e in into if int(graph.source[e]) != centre}
+    ring = sorted(edge, key=lambda node: -float(likeness[edge[node]]))
+    angle = np.linspace(0, 2 * np.pi, len(ring), endpoint=False)
+    place = dict(zip(ring, np.stack([np.cos(angle), np.sin(angle)], axis=1), strict=True))
+    for a, b in {tuple(sorted(pair)) for pair in graph.edge_index.t().tolist()}:
+        if a in place and b in place and a != b:
+            axis.plot(*np.stack([place[a], place[b]]).T, color="0.88", linewidth=0.7, zorder=1)
+    thickest = 1.0 if weight is None else max((float(weight[e]) for e in edge.values()), default=1.0)
+    for node, spot in place.items():
+        thickness = 1.0 if weight is None else 0.3 + 4.5 * float(weight[edge[node]]) / thickest
+        axis.plot([0, spot[0]], [0, spot[1]], color="black", linewidth=thickness, alpha=0.75, zorder=2)
+        color = mpl.colormaps[LIKENESS](float(likeness[edge[node]]))
+        axis.scatter(*spot, color=[color], s=52, edgecolors="white", zorder=3)
+    axis.scatter(0, 0, color="black", marker="*", s=210, edgecolors="white", zorder=4)
+    axis.set(title=title, aspect="equal")
+    axis.set_axis_off()
+
+
+def likeness_bar(figure: Figure, axes: Sequence[Axes], label: str) -> None:
+    """The colours of `draw_neighbourhood`, beside `axes`."""
+    colors = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), LIKENESS)
+    figure.colorbar(colors, ax=list(axes), shrink=0.8, label=label)
 
 
 def draw_architecture(axis: Axes, net: GraphNet, *, title: str) -> None:
@@ -106,6 +121,52 @@ def draw_architecture(axis: Axes, net: GraphNet, *, title: str) -> None:
     axis.set_axis_off()
 
 
+def seed_points(
+    axis: Axes,
+    values: Mapping[str, Sequence[float]],
+    *,
+    xlabel: str,
+    title: str,
+    references: Mapping[str, float] | None = None,
+) -> None:
+    """One row a name, first on top: a small mark for every seed, a large one for their mean, and a line of one
+    sample standard deviation to both sides; `references` are vertical lines with a name."""
+    for row, (name, seeds) in enumerate(values.items()):
+        mean = float(np.mean(seeds))
+        color, text = COLORS[0], f"{mean:.3f}"
+        if len(seeds) > 1:
+            spread = float(np.std(seeds, ddof=1))
+            axis.plot([mean - spread, mean + spread], [row, row], color="black", linewidth=1.5, zorder=2)
+            axis.scatter(seeds, [row + 0.22] * len(seeds), s=12, color=COLORS[1], marker="|", zorder=3)
+            text += f" ± {spread:.3f}"
+        axis.scatter(mean, row, s=42, color=color, zorder=4, label=name)
+        axis.annotate(text, (mean, row), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="center")
+    lines = [
+        axis.axvline(value, color="black", linestyle=STYLES[1 + index % 3], linewidth=1, label=name)
+        for index, (name, value) in enumerate((references or {}).items())
+    ]
+    axis.set_yticks(range(len(values)), list(values))
+    axis.set(xlabel=xlabel, title=title, ylim=(len(values) - 0.4, -0.7))
+    if lines:
+        axis.legend(handles=lines, loc="lower left", bbox_to_anchor=(0, 1.06), borderaxespad=0, fontsize=7.5)
+
+
+def head_points(
+    axis: Axes, scores: Mapping[str, Sequence[Sequence[float]]], *, ylabel: str, title: str, reference: float
+) -> None:
+    """One mark a head, above the number of its layer: network → layers → a score a head; a dashed line at
+    `reference`."""
+    axis.axhline(reference, color="black", linestyle=STYLES[1], linewidth=1)
+    for index, (name, layers) in enumerate(scores.items()):
+        spots = [(layer, score) for layer, heads in enumerate(layers, 1) for score in heads]
+        x, y = np.array(spots).T
+        x += 0.24 * (index - (len(scores) - 1) / 2)
+        axis.scatter(x, y, color=COLORS[index], marker=MARKERS[index], s=26, alpha=0.85, label=name)
+    depth = max(len(layers) for layers in scores.values())
+    axis.set_xticks(range(1, depth + 1), [f"layer {layer}" for layer in range(1, depth + 1)])
+    axis.set(ylabel=ylabel, title=title, xlim=(0.5, depth + 0.5))
+
+
 def attention_matrix(axis: Axes, matrix: Tensor, *, title: str) -> None:
     """Attention as a picture, (targets, sources) in 0..1: a row is one target's softmax."""
     picture = axis.imshow(matrix.detach().cpu().numpy(), cmap=HEAT, vmin=0, vmax=1)
@@ -114,15 +175,12 @@ def attention_matrix(axis: Axes, matrix: Tensor, *, title: str) -> None:
     axis.grid(visible=False)
 
 
-def histograms(
-    axis: Axes, values: Mapping[str, Sequence[float] | Tensor], *, bins: np.ndarray, xlabel: str, title: str
-) -> None:
-    """Outlines of several distributions, each as shares of its own total, with the mean in the legend."""
-    for (name, sample), color in zip(values.items(), COLORS, strict=False):
-        sample = np.asarray(sample, dtype=float)
-        sample = sample[np.isfinite(sample)]
-        weights = np.full(len(sample), 1 / max(1, len(sample)))
-        label = f"{name}, mean {sample.mean():.2f}"
-        axis.hist(sample, bins, weights=weights, histtype="step", linewidth=1.5, color=color, label=label)
-    axis.set(xlabel=xlabel, ylabel="share", title=title)
-    axis.legend(fontsize=7)
+def two_sides(axis: Axes, scores: Mapping[str, np.ndarray], *, xlabel: str, ylabel: str, title: str) -> None:
+    """One mark a head: its score on one kind of targets against its score on the other, both in 0..1; on the
+    falling diagonal a gain here is a loss there. `scores`: network → (heads, 2)."""
+    for index, (name, each) in enumerate(scores.items()):
+        label = f"{name}, {len(each)} heads"
+        axis.scatter(*np.asarray(each).T, color=COLORS[index], marker=MARKERS[index], label=label)
+    axis.plot([0, 1], [1, 0], color="black", linestyle=STYLES[1], linewidth=1, label="one gains, one loses")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.legend()
