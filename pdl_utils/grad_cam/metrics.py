@@ -26,18 +26,16 @@ def match_classes(names: Sequence[str | None], class_of: Callable[[str], int | N
     """The classes of a network that belong to the labels of a data set.
 
     Args:
-        names: what each of N images shows; of "goldfish, Carassius auratus" the first name counts. None where
-            that is not known.
-        class_of: name → class of the network, or None where it has no such class; for a `PretrainedNetwork`
-            its method of this name.
+        names: what each of N images shows, None where that is not known; of synonyms, "goldfish, Carassius
+            auratus", the first counts.
+        class_of: name → class, or None where the network has no such class: `PretrainedNetwork.class_of`.
 
     Returns:
-        classes int64 (N,), -1 where there is none; known, boolean (N,), True where there is one.
+        classes, int64 (N,), -1 where there is none; known, boolean (N,).
     """
     found = {name: class_of(name.split(",")[0]) for name in set(names) if name}
-    classes = [-1 if found.get(name) is None else found[name] for name in names]  # 0 is a class as well
-    numbers = torch.tensor(classes, dtype=torch.int64)
-    return numbers, numbers >= 0
+    classes = torch.tensor([-1 if found.get(name) is None else found[name] for name in names])
+    return classes, classes >= 0
 
 
 def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pdl_utils.datasets import Provenance
 from pdl_utils.grad_cam import (
     box_masks,
     cascading_randomization,
@@ -19,6 +20,7 @@ from pdl_utils.grad_cam import (
     receptive_fields,
     score_boxes,
 )
+from pdl_utils.resnet import PretrainedNetwork
 
 
 def point(y: int, x: int, size: int = 8) -> torch.Tensor:
@@ -78,13 +80,10 @@ def test_boxes_are_scored_beside_two_baselines():
 
 def test_labels_of_a_data_set_become_classes_of_a_network():
     categories = ["goldfish", "crane", "tabby", "crane"]
-
-    def class_of(name):  # as of a PretrainedNetwork: None for what is unknown or ambiguous
-        return categories.index(name) if categories.count(name) == 1 else None
-
-    names = ["tabby, tabby cat", "goldfish, Carassius auratus", None, "crane", "lorry", "goldfish"]
-    classes, known = match_classes(names, class_of)
-    assert classes.tolist() == [2, 0, -1, -1, -1, 0]  # class 0 counts as a class
+    network = PretrainedNetwork(nn.Identity(), categories, 64, 64, Provenance("weights", "a test"))
+    names = ["tabby, tabby cat", "goldfish, Carassius auratus", None, "crane", "lorry", "Goldfish"]
+    classes, known = match_classes(names, network.class_of)
+    assert classes.tolist() == [2, 0, -1, -1, -1, 0]  # class 0 is a class as well; "crane" are two
     assert known.tolist() == [True, True, False, False, False, True]
     assert classes.dtype == torch.int64
 
