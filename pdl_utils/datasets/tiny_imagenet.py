@@ -36,14 +36,12 @@ class TinyImageNet:
     provenance: Provenance
 
 
-def tiny_imagenet(
-    split: str, limit: int | None = None, *, seed: int = 0, root: Path | None = None
-) -> TinyImageNet:
+def tiny_imagenet(split: str, limit: int | None = None, *, root: Path | None = None) -> TinyImageNet:
     """The `train` or the `val` split; its test split has no labels. There is no stand-in.
 
     Args:
         split: "train" or "val".
-        limit: read only so many images, drawn with `seed` and spread evenly over the classes.
+        limit: read only so many images, the same ones on every call, spread evenly over the classes.
         root: the data root, if not `data_root()`.
 
     Raises:
@@ -53,13 +51,13 @@ def tiny_imagenet(
         raise ValueError(f"split={split!r}: use 'train' or 'val'")
     return obtain(
         "Tiny ImageNet", FOLDER,
-        read=lambda folder: _read(folder, split, limit, seed),
+        read=lambda folder: _read(folder, split, limit),
         download=lambda folder: download_and_extract_archive(URL, folder, md5=MD5, remove_finished=True),
         url=URL, root=root,
     )  # fmt: skip
 
 
-def _read(folder: Path, split: str, limit: int | None, seed: int) -> TinyImageNet:
+def _read(folder: Path, split: str, limit: int | None) -> TinyImageNet:
     wnids = sorted(_lines(folder / "wnids.txt"))
     words = dict(line.partition("\t")[::2] for line in _lines(folder / "words.txt"))
     classes = [folder / "train" / wnid for wnid in wnids]
@@ -73,7 +71,7 @@ def _read(folder: Path, split: str, limit: int | None, seed: int) -> TinyImageNe
     if unknown := {wnid for _, wnid, _ in rows}.symmetric_difference(wnids) | set(wnids).difference(words):
         raise DamagedFile(folder / "wnids.txt", f"does not fit the other lists of classes ({min(unknown)})")
     labels = np.array([wnids.index(wnid) for _, wnid, _ in rows])
-    picked = np.arange(len(rows)) if limit is None else spread(labels, limit, seed)
+    picked = np.arange(len(rows)) if limit is None else spread(labels, limit)
     images = np.empty((len(picked), 64, 64, 3), dtype=np.uint8)
     for i, position in enumerate(picked):  # 6 s for 50,000; threads made it slower
         images[i] = _pixels(rows[position][0])
@@ -88,13 +86,14 @@ def _read(folder: Path, split: str, limit: int | None, seed: int) -> TinyImageNe
     )
 
 
-def spread(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Positions, ascending, of at most `limit` of `labels` (N,), drawn at random, of each class as many
+def spread(labels: np.ndarray, limit: int) -> np.ndarray:
+    """Positions, ascending, of at most `limit` of `labels` (N,), drawn with seed 0, of each class as many
     as of any other, give or take one."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
+    order = np.random.default_rng(0).permutation(len(labels))
     turn = np.empty(len(labels), dtype=np.int64)  # this is the how-manieth image of its class?
-    turn[by_class] = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        turn[members] = np.arange(len(members))
     return np.sort(order[np.argsort(turn[order], kind="stable")][:limit])
 
 
