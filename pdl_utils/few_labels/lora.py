@@ -104,20 +104,15 @@ def add_lora(
         RuntimeError: the model is merged.
     """
     if rank < 1 or scaling not in ("standard", "rs") or "." in name:
-        raise ValueError(
-            "rank must be at least 1, scaling 'standard' or 'rs', and name without a dot; "
-            f"got {rank}, {scaling!r}, {name!r}"
-        )
+        wanted = "rank must be at least 1, scaling 'standard' or 'rs', and name without a dot"
+        raise ValueError(f"{wanted}; got {rank}, {scaling!r}, {name!r}")
     wrapped, modules = lora_layers(model), outer_modules(model)
-    learners = {n: m for n, m in modules.items() if list(m.parameters()) and not lora_layers(m)}
-    trained = match(train, learners)
+    trained = match(train, {n: m for n, m in modules.items() if list(m.parameters()) and not lora_layers(m)})
     whole = {part for module in trained.values() for part in module.modules()}
     if wrapped:
         whole |= {m for m in modules.values() if learns(m)}  # by `train` of an earlier adapter
     suitable = {n: m for n, m in modules.items() if n and type(m) in (*LAYERS, LoRA) and m not in whole}
     layers = match(targets, suitable)
-    if not layers:
-        raise ValueError("no targets; '*' means all linear layers and convolutions")
     for layer, module in layers.items():
         if isinstance(module, LoRA) and name in module.updates:
             raise ValueError(f"layer {layer!r} has an adapter {name!r} already; give the new one another name")
