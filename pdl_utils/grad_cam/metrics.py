@@ -34,7 +34,8 @@ def match_classes(names: Sequence[str | None], class_of: Callable[[str], int | N
         classes, int64 (N,), -1 where there is none; known, boolean (N,).
     """
     found = {name: class_of(name.split(",")[0]) for name in set(names) if name}
-    classes = torch.tensor([-1 if found.get(name) is None else found[name] for name in names])
+    numbers = [-1 if found.get(name) is None else found[name] for name in names]
+    classes = torch.tensor(numbers, dtype=torch.int64)
     return classes, classes >= 0
 
 

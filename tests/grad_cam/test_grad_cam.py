@@ -128,18 +128,12 @@ def test_signed_maps_hold_the_map_and_the_counterfactual(resnet, images):
     torch.testing.assert_close((-signed).relu(), grad_cam(against, images, "layer4", 2).maps["layer4"])
 
 
-@pytest.mark.parametrize(
-    ("classes", "expected"),
-    [
-        (0, [[0], [0], [0]]),
-        ([0, 1, 2], [[0], [1], [2]]),
-        (torch.tensor([[0, 1], [2, 3], [4, 9]]), [[0, 1], [2, 3], [4, 9]]),
-    ],
-)
-def test_ways_to_name_classes(resnet, images, classes, expected):
-    cam = grad_cam(resnet, images, "layer4", classes)
-    assert cam.classes.tolist() == expected
-    torch.testing.assert_close(cam.probabilities, cam.logits.softmax(1).gather(1, torch.tensor(expected)))
+def test_ways_to_name_classes(resnet, images):
+    several = [[0, 1], [2, 3], [4, 9]]
+    for classes, expected in ((0, [[0]] * 3), ([0, 1, 2], [[0], [1], [2]]), (torch.tensor(several), several)):
+        cam = grad_cam(resnet, images, "layer4", classes)
+        assert cam.classes.tolist() == expected
+        torch.testing.assert_close(cam.probabilities, cam.logits.softmax(1).gather(1, torch.tensor(expected)))
 
 
 def test_heatmaps_have_the_size_of_the_images_and_a_peak_of_one(resnet, images):
@@ -239,10 +233,9 @@ def test_nothing_is_saved_for_the_layers_before_the_first_explained_one(resnet, 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_agrees_with_the_cpu(resnet, images):
-    expected = grad_cam(resnet, images, LAYERS).maps
     on_gpu = grad_cam(copy.deepcopy(resnet).cuda(), images.cuda(), LAYERS).maps
-    for layer in LAYERS:
-        torch.testing.assert_close(on_gpu[layer].cpu(), expected[layer], rtol=1e-5, atol=1e-8)
+    for layer, expected in grad_cam(resnet, images, LAYERS).maps.items():
+        torch.testing.assert_close(on_gpu[layer].cpu(), expected, rtol=1e-5, atol=1e-8)
 
 
 def test_everything_but_the_gradients_runs_on_a_fake_gpu():
@@ -254,36 +247,28 @@ def test_everything_but_the_gradients_runs_on_a_fake_gpu():
         assert cam.heatmaps().device.type == cam.probabilities.device.type == "cuda"
 
 
-class PlainReLUs(nn.Module):
-    """Two ReLU modules used once each and out of place: what captum's guided backpropagation can take."""
+class ReLUs(nn.Module):
+    """Two ReLUs: as modules, used once each and out of place, which is what captum can take; or as functions."""
 
-    def __init__(self):
+    def __init__(self, functional: bool):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU()
-        )
-        self.head = nn.Linear(8, 5)
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, stride=2), nn.Linear(8, 5)
+        self.relus, self.functional = nn.ModuleList([nn.ReLU(), nn.ReLU()]), functional
 
     def forward(self, x):
-        return self.head(self.body(x).mean((2, 3)))
-
-
-class FunctionalReLUs(PlainReLUs):
-    """The same function with functional and in-place ReLUs."""
-
-    def forward(self, x):
-        hidden = torch.relu_(self.body[0](x))
-        return self.head(nn.functional.relu(self.body[2](hidden), inplace=True).mean((2, 3)))
+        x = torch.relu_(self.first(x)) if self.functional else self.relus[0](self.first(x))
+        x = self.second(x)
+        x = nn.functional.relu(x, inplace=True) if self.functional else self.relus[1](x)
+        return self.head(x.mean((2, 3)))
 
 
 @pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
-@pytest.mark.parametrize("network", [PlainReLUs, FunctionalReLUs])
-def test_guided_backprop_is_captums(network):
+@pytest.mark.parametrize("functional", [False, True])
+def test_guided_backprop_is_captums(functional):
     from captum.attr import GuidedBackprop
 
     torch.manual_seed(0)
-    peer = PlainReLUs().double()
-    ours = network().double()
+    peer, ours = ReLUs(False).double(), ReLUs(functional).double()
     ours.load_state_dict(peer.state_dict())
     x = torch.randn(2, 3, 12, 12).double()
     with pytest.warns(UserWarning, match="backward hooks"):
