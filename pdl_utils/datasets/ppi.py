@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +10,9 @@ import numpy as np
 import torch
 from torch_geometric.data import Data
 from torch_geometric.datasets import PPI
+from torchvision.datasets.utils import download_and_extract_archive
 
-from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain
+from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain, with_notice
 from pdl_utils.datasets.synthetic_graphs import FEATURES, LABELS, PPI_SIZED, Recipe, ppi_stand_in
 
 PARTS = {"train": "train", "val": "valid", "test": "test"}  # split → what its raw files begin with
@@ -58,92 +56,65 @@ def _stand_in(recipe: Recipe) -> TissueGraphs:
 
 
 def _download(root: Path) -> None:
-    with _quiet():
-        PPI(str(root / "ppi"))
+    """As torch_geometric does, without the copy that it would make of the files."""
+    download_and_extract_archive(PPI.url, root, root / "ppi" / "raw", remove_finished=True)
 
 
 def _read(folder: Path) -> TissueGraphs:
-    """Read through torch_geometric, whose processed copy is used only where it agrees with the raw files."""
-    raw = {split: _raw_arrays(folder / "raw", part) for split, part in PARTS.items()}
-    graphs = None
-    if (folder / "processed").exists():
-        with contextlib.suppress(Exception):  # an unpickler raises all kinds of things for half a file
-            for path in (folder / "processed").glob("*.pt"):
-                torch.load(path, weights_only=True)  # torch_geometric would run the code in a hostile one
-            graphs = _load(folder)
-        if graphs is None or not _agree(graphs, raw):
-            print(f"PPI: {folder / 'processed'} does not match the raw files and is made again")
-            graphs = None
-    if graphs is None:
-        graphs = _process(folder)
-    return TissueGraphs(**graphs, provenance=Provenance("PPI", "official files, read by torch_geometric"))
+    raw = folder / "raw"
+    graphs = {split: _graphs(raw, part) for split, part in PARTS.items()}
+    return TissueGraphs(**graphs, provenance=with_notice("PPI", "official files", raw))
 
 
-def _raw_arrays(raw: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features and labels of a split, in the order of its graphs.
+def _graphs(raw: Path, part: str) -> list[Data]:
+    """The graphs of one split. Edges are given in both directions, once each, without self-loops."""
+    ids = _array(raw / f"{part}_graph_id.npy", ())
+    x = torch.from_numpy(_array(raw / f"{part}_feats.npy", (len(ids), FEATURES))).float()
+    y = torch.from_numpy(_array(raw / f"{part}_labels.npy", (len(ids), LABELS))).float()
+    source, target = _links(raw / f"{part}_graph.json", len(ids))
+    both = np.sort(np.concatenate([source * len(ids) + target, target * len(ids) + source]))
+    source, target = np.divmod(both[np.diff(both, prepend=-1) > 0], len(ids))  # each once, sorted by source
+    kept = (source != target) & (ids[source] == ids[target])
+    source, target = source[kept], target[kept]
+    graphs = []
+    for graph in np.unique(ids):
+        nodes = np.flatnonzero(ids == graph)
+        edges = np.stack([source, target])[:, ids[source] == graph]
+        edge_index = torch.from_numpy(np.searchsorted(nodes, edges))  # numbered from 0 in every graph
+        graphs.append(Data(x=x[nodes], y=y[nodes], edge_index=edge_index))
+    return graphs
+
+
+def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The array in `path`; `shape` is what it must have, () for any number of integers in a row.
 
     Raises:
-        DamagedFile: a raw file of the split is missing, truncated, or does not fit the others.
+        DamagedFile: it is missing, truncated, or of another shape.
     """
-    arrays = {}
-    for name in ("graph_id", "feats", "labels"):
-        path = raw / f"{part}_{name}.npy"
-        try:
-            arrays[name] = np.load(path)
-        except FileNotFoundError:
-            raise DamagedFile(path, "is missing") from None
-        except (ValueError, EOFError, OSError) as error:
-            raise DamagedFile(path, f"is truncated or corrupt ({error})") from error
-    nodes = len(arrays["graph_id"])
-    for name, shape in {"graph_id": (nodes,), "feats": (nodes, FEATURES), "labels": (nodes, LABELS)}.items():
-        if arrays[name].shape != shape:
-            raise DamagedFile(raw / f"{part}_{name}.npy", f"has shape {arrays[name].shape}, not {shape}")
-    graph = raw / f"{part}_graph.json"
-    if not graph.is_file():
-        raise DamagedFile(graph, "is missing")
-    with graph.open("rb") as file:  # to read all of it takes seconds; half a file shows at its end
-        file.seek(max(0, graph.stat().st_size - 16))
-        if not file.read().rstrip().endswith(b"}"):
-            raise DamagedFile(graph, "is truncated or corrupt (it does not end as JSON does)")
-    order = np.argsort(arrays["graph_id"], kind="stable")
-    return arrays["feats"][order], arrays["labels"][order]
-
-
-def _load(folder: Path, *, anew: bool = False) -> dict[str, list[Data]]:
-    with _quiet():
-        return {split: list(PPI(str(folder), split, force_reload=anew and split == "train")) for split in PARTS}
-
-
-def _process(folder: Path) -> dict[str, list[Data]]:
     try:
-        try:
-            return _load(folder, anew=True)
-        except OSError:  # a data root that can only be read, or is full: keep the processed copy elsewhere
-            with tempfile.TemporaryDirectory() as elsewhere:
-                (Path(elsewhere) / "raw").symlink_to(folder.absolute() / "raw")
-                return _load(Path(elsewhere))
-    except Exception:
-        for part in PARTS.values():  # torch_geometric does not say which file was wrong
-            _check_json(folder / "raw" / f"{part}_graph.json")
-        raise
-
-
-def _check_json(path: Path) -> None:
-    try:
-        json.loads(path.read_bytes())
-    except ValueError as error:
+        array = np.load(path)
+    except FileNotFoundError:
+        raise DamagedFile(path, "is missing") from None
+    except (ValueError, EOFError, OSError) as error:
         raise DamagedFile(path, f"is truncated or corrupt ({error})") from error
+    if array.shape != (shape or (array.size,)):
+        raise DamagedFile(path, f"has shape {array.shape}, not {shape or '(nodes,)'}")
+    return array
 
 
-def _agree(graphs: dict[str, list[Data]], raw: dict[str, tuple[np.ndarray, np.ndarray]]) -> bool:
-    """Do the graphs hold the raw files' features and labels?"""
-    for split, (features, labels) in raw.items():
-        x, y = (torch.cat([graph[name] for graph in graphs[split]]).numpy() for name in ("x", "y"))
-        if not np.array_equal(x, features.astype(np.float32)) or not np.array_equal(y, labels.astype(np.float32)):
-            return False
-    return True
+def _links(path: Path, nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sources and targets of the links, int64 (links,), as they stand in the node-link JSON.
 
-
-def _quiet() -> contextlib.redirect_stderr:
-    """Keep torch_geometric's "Processing..." and "Done!" out of the notebook."""
-    return contextlib.redirect_stderr(io.StringIO())
+    Raises:
+        DamagedFile: it is missing, truncated, or names nodes that there are not.
+    """
+    try:
+        links = json.loads(path.read_bytes())["links"]
+        source, target = (np.array([link[end] for link in links], dtype=np.int64) for end in ("source", "target"))
+    except FileNotFoundError:
+        raise DamagedFile(path, "is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(path, f"is truncated or corrupt ({error})") from error
+    if len(links) and not 0 <= min(source.min(), target.min()) <= max(source.max(), target.max()) < nodes:
+        raise DamagedFile(path, f"names other nodes than the {nodes} that have features")
+    return source, target

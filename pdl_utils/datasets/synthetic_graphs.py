@@ -1,5 +1,8 @@
 """Graphs in the shape of PPI, made from a seed, in which the kind of every edge is known.
 
+They have two uses: offline they take PPI's place, and say so; and they are an experiment whose truth is known,
+where attention can be scored against the kind of every edge.
+
 A graph is a tissue. Its nodes belong to protein complexes; a complex does one job (its module) in one
 compartment of the cell. About half of the edges are functional: they stay inside a complex. The others lead
 to one decoy complex, which does another job in the other compartment. A node's labels follow from its
@@ -51,7 +54,7 @@ PPI_SIZED = Recipe(  # the real graphs' numbers of nodes
 
 
 def ppi_stand_in(recipe: Recipe, seed: int = 0) -> dict[str, list[Data]]:
-    """The graphs of the splits "train", "val" and "test", the same for the same seed.
+    """Synthetic graphs in the splits "train", "val" and "test", the same for the same seed.
 
     Every graph has x (N, 50), standardised over the training nodes; y (N, 121) of 0 and 1; edge_index (2, E),
     both directions of every edge; `functional` (E,), the edge's kind; `complex` (N,), ids of the graph's own.

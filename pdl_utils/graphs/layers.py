@@ -1,13 +1,13 @@
 """Graph convolution and graph attention, from torch operations alone.
 
 - `GCNConv`: Kipf & Welling, Semi-supervised classification with graph convolutional networks, 2017.
-- `GATConv`: Veličković et al., SortedEdges attention networks, 2018.
+- `GATConv`: Veličković et al., Graph attention networks, 2018.
 - `GATv2Conv`: Brody et al., How attentive are graph attention networks?, 2022.
 
 Parameters carry the names and shapes of torch_geometric's layers of the same names: `load_state_dict` takes
 theirs, and outputs and gradients are the same. Every layer takes node features x (N, in_channels) and either
-a `SortedEdges`, used as it is, or an edge_index (2, E): then features and edges are checked, and the edges sorted,
-at every call. A `GraphNet` always checks its input for NaN, once for all of its layers.
+a `SortedEdges`, used as it is, or an edge_index (2, E), which is checked and sorted, with self-loops, at every
+call. Under autocast only the linear maps are computed in lower precision; what follows has the dtype of x.
 
 Shapes: N nodes, E edges, H heads, C channels a head.
 """
@@ -15,30 +15,25 @@ Shapes: N nodes, E edges, H heads, C channels a head.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdl_utils.graphs import edges as plain
-from pdl_utils.graphs import fast_attention
-from pdl_utils.graphs.edges import SortedEdges, check_features, edge_softmax
+from pdl_utils.graphs.edges import SortedEdges, edge_softmax, pair_scores, weighted_sum
 
 
-def as_graph(x: Tensor, edges: SortedEdges | Tensor, channels: int, self_loops: bool = True) -> SortedEdges:
-    """`edges` as a `SortedEdges` over the rows of `x`; an edge_index is checked and so are the features.
+def as_sorted_edges(x: Tensor, edges: SortedEdges | Tensor) -> SortedEdges:
+    """`edges` as `SortedEdges` between the rows of `x` (N, C).
 
     Raises:
-        TypeError, ValueError: as `SortedEdges.from_edges` and `check_features`; or the graph has another number
-            of nodes than `x`.
+        ValueError: they are edges between another number of nodes, or as `SortedEdges.from_edges`.
     """
     if not isinstance(edges, SortedEdges):
-        check_features(x, channels)
-        return SortedEdges.from_edges(edges, len(x), self_loops=self_loops)
-    if x.shape != (edges.num_nodes, channels):
-        raise ValueError(f"node features must have shape ({edges.num_nodes}, {channels}), not {tuple(x.shape)}")
+        return SortedEdges.from_edges(edges, len(x))
+    if len(x) != edges.num_nodes:
+        raise ValueError(f"features of {len(x)} nodes, but edges between {edges.num_nodes}")
     return edges
 
 
@@ -57,28 +52,18 @@ def glorot_linear(in_channels: int, out_channels: int, bias: bool) -> nn.Linear:
 
 
 class GraphConv(nn.Module):
-    """What the layers share: the choice of kernels, the residual and the bias.
+    """What the layers share: the residual and the bias.
 
     Args:
-        in_channels, out_channels: features a node, before and after (a head).
-        self_loops: give every node exactly one edge to itself, where an edge_index is passed.
+        in_channels, out_channels: features a node, before and after (all heads together).
         residual: add a linear map of the input.
         bias: add a learned constant.
-        fast: use `fast_attention` where it applies.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, *,
-        self_loops: bool = True, residual: bool = False, bias: bool = True, fast: bool = True,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, out_channels: int, *, residual: bool = False, bias: bool = True) -> None:
         super().__init__()
-        self.in_channels, self.self_loops, self.fast = in_channels, self_loops, fast
         self.res = glorot_linear(in_channels, out_channels, bias=False) if residual else None
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-
-    def kernels(self, h: Tensor) -> ModuleType:
-        """The module whose `weighted_sum` and `pair_scores` suit `h`."""
-        return fast_attention if self.fast and fast_attention.applies_to(h) else plain
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """Add the residual and the bias to `out` (N, out_channels)."""
@@ -95,11 +80,11 @@ class GCNConv(GraphConv):
         self.lin = glorot_linear(in_channels, out_channels, bias=False)
 
     def forward(self, x: Tensor, edges: SortedEdges | Tensor) -> Tensor:
-        graph = as_graph(x, edges, self.in_channels, self.self_loops)
+        graph = as_sorted_edges(x, edges)
         scale = graph.degree.to(x.dtype).pow(-0.5).masked_fill(graph.degree == 0, 0.0)
         weight = scale[graph.source] * scale[graph.target]  # (E,)
-        h = self.lin(x).unsqueeze(1)  # (N, 1, C)
-        out = self.kernels(h).weighted_sum(weight.unsqueeze(1).to(h.dtype), h, graph)
+        h = self.lin(x).to(x.dtype)
+        out = weighted_sum(weight.unsqueeze(1), h.unsqueeze(1), graph)
         return self.finish(out.squeeze(1), x)
 
 
@@ -113,7 +98,7 @@ class AttentionConv(GraphConv):
         concat: put the heads side by side, H·C features out; otherwise their mean, C features.
         negative_slope: of the LeakyReLU in the scores.
         dropout: probability with which an edge's attention is dropped in training.
-        options: `self_loops`, `residual`, `bias` and `fast` of `GraphConv`.
+        options: `residual` and `bias` of `GraphConv`.
     """
 
     def __init__(
@@ -124,9 +109,9 @@ class AttentionConv(GraphConv):
         self.heads, self.out_channels, self.concat = heads, out_channels, concat
         self.negative_slope, self.dropout = negative_slope, dropout
 
-    def split_heads(self, h: Tensor) -> Tensor:
-        """(N, H·C) → (N, H, C)."""
-        return h.view(len(h), self.heads, self.out_channels)
+    def heads_of(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """The linear map of x, split: (N, in_channels) → (N, H, C)."""
+        return linear(x).to(x.dtype).view(len(x), self.heads, self.out_channels)
 
     def messages_and_scores(self, x: Tensor, graph: SortedEdges) -> tuple[Tensor, Tensor]:
         """h (N, H, C) and e (E, H)."""
@@ -136,12 +121,11 @@ class AttentionConv(GraphConv):
         self, x: Tensor, edges: SortedEdges | Tensor, *, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         """(N, H·C), or (N, C) for the heads' mean. With `return_attention` also the edge_index (2, E) in the
-        graph's order, self-loops included, and the attention (E, H) over it, before dropout."""
-        graph = as_graph(x, edges, self.in_channels, self.self_loops)
+        sorted order, self-loops included, and the attention (E, H) over it, before dropout."""
+        graph = as_sorted_edges(x, edges)
         h, scores = self.messages_and_scores(x, graph)
         attention = edge_softmax(scores, graph)
-        kept = F.dropout(attention, self.dropout, self.training).to(h.dtype)
-        out = self.kernels(h).weighted_sum(kept, h, graph)
+        out = weighted_sum(F.dropout(attention, self.dropout, self.training), h, graph)
         out = self.finish(out.flatten(1) if self.concat else out.mean(1), x)
         return (out, (graph.edge_index, attention)) if return_attention else out
 
@@ -155,7 +139,7 @@ class GATConv(AttentionConv):
         self.att_src, self.att_dst = (attention_vector(heads, out_channels) for _ in range(2))
 
     def messages_and_scores(self, x: Tensor, graph: SortedEdges) -> tuple[Tensor, Tensor]:
-        h = self.split_heads(self.lin(x))
+        h = self.heads_of(self.lin, x)
         from_source, from_target = (h * self.att_src).sum(-1), (h * self.att_dst).sum(-1)  # (N, H)
         pair = from_source.index_select(0, graph.source) + from_target.index_select(0, graph.target)
         return h, F.leaky_relu(pair, self.negative_slope)
@@ -171,9 +155,8 @@ class GATv2Conv(AttentionConv):
         self.att = attention_vector(heads, out_channels)
 
     def messages_and_scores(self, x: Tensor, graph: SortedEdges) -> tuple[Tensor, Tensor]:
-        h, query = self.split_heads(self.lin_l(x)), self.split_heads(self.lin_r(x))
-        kernels = self.kernels(h)
-        return h, kernels.pair_scores(h, query, self.att.squeeze(0), self.negative_slope, graph)
+        h, query = self.heads_of(self.lin_l, x), self.heads_of(self.lin_r, x)
+        return h, pair_scores(h, query, self.att.squeeze(0), self.negative_slope, graph)
 
 
 class UniformConv(AttentionConv):
@@ -184,7 +167,7 @@ class UniformConv(AttentionConv):
         self.lin = glorot_linear(in_channels, heads * out_channels, bias=False)
 
     def messages_and_scores(self, x: Tensor, graph: SortedEdges) -> tuple[Tensor, Tensor]:
-        h = self.split_heads(self.lin(x))
+        h = self.heads_of(self.lin, x)
         return h, h.new_zeros(len(graph.source), self.heads)
 
 
@@ -192,7 +175,7 @@ class Edgeless(nn.Linear):
     """The layer of an MLP: it sees no edges."""
 
     def forward(self, x: Tensor, graph: SortedEdges) -> Tensor:
-        return super().forward(x)
+        return super().forward(x).to(x.dtype)
 
 
 ATTENTION = {"gat": GATConv, "gatv2": GATv2Conv, "uniform": UniformConv}
@@ -201,7 +184,7 @@ ATTENTION = {"gat": GATConv, "gatv2": GATv2Conv, "uniform": UniformConv}
 @dataclass
 class Trace:
     """What a `GraphNet` computed on the way: `features`, its input and every layer's output after the
-    activation; `attention`, (E, H) a layer, in the graph's order; empty where there is none."""
+    activation; `attention`, (E, H) a layer, in the order of the sorted edges; empty where there is none."""
 
     features: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
@@ -218,12 +201,11 @@ class GraphNet(nn.Module):
         depth: number of layers.
         residual: a linear residual on every layer that has edges.
         dropout: probability of dropping an edge's attention.
-        fast: use `fast_attention` where it applies.
     """
 
     def __init__(
         self, in_channels: int, num_labels: int, conv: str = "gatv2", *, hidden: int = 256, heads: int = 4,
-        out_heads: int = 6, depth: int = 3, residual: bool = True, dropout: float = 0.0, fast: bool = True,
+        out_heads: int = 6, depth: int = 3, residual: bool = True, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         if conv not in (*ATTENTION, "gcn", "mlp"):
@@ -232,16 +214,16 @@ class GraphNet(nn.Module):
             raise ValueError(f"depth={depth}: a network has at least one layer")
         self.in_channels = in_channels
         widths = [in_channels, *[heads * hidden] * (depth - 1), num_labels]
-        options = {"residual": residual, "fast": fast}
 
         def layer(index: int) -> nn.Module:
             width, out, last = widths[index], widths[index + 1], index == depth - 1
             if conv == "mlp":
                 return Edgeless(width, out)
             if conv == "gcn":
-                return GCNConv(width, out, **options)
+                return GCNConv(width, out, residual=residual)
             channels, count = (out, out_heads) if last else (hidden, heads)
-            return ATTENTION[conv](width, channels, count, concat=not last, dropout=dropout, **options)
+            options = {"concat": not last, "residual": residual, "dropout": dropout}
+            return ATTENTION[conv](width, channels, count, **options)
 
         self.layers = nn.ModuleList(layer(index) for index in range(depth))
 
@@ -250,8 +232,7 @@ class GraphNet(nn.Module):
     ) -> Tensor | tuple[Tensor, Trace]:
         """Logits (N, num_labels); a label is predicted where its logit is positive. With `return_trace`
         also what the layers computed on the way."""
-        check_features(x, self.in_channels)
-        graph = as_graph(x, edges, self.in_channels)
+        graph = as_sorted_edges(x, edges)
         trace = Trace([x])
         for index, layer in enumerate(self.layers):
             if return_trace and isinstance(layer, AttentionConv):

@@ -1,26 +1,24 @@
-"""PPI: files of the official format through the official loader, what can go wrong with them, the stand-in."""
+"""PPI: files of the official format, what can go wrong with them, the real ones where they are; the stand-in."""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
-import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FileServer
 from torch import Tensor
 from torch_geometric.datasets import PPI
 
-from pdl_utils.datasets import sources
-from pdl_utils.datasets.ppi import TissueGraphs, ppi
+from pdl_utils.datasets import NoRealData, TissueGraphs, ppi
 from pdl_utils.datasets.synthetic_graphs import FEATURES, LABELS, PPI_SIZED, SMALL, Recipe, ppi_stand_in
+from pdl_utils.settings import data_root
 
+REAL = os.environ.get("PDL_DATA", "")  # as it was before a test sets its own
 TINY = Recipe(train=(60, 80), val=(70,), test=(90,), modules=6, complex_size=10, degree=12)
 SIZES = {"train": (7, 9, 5), "valid": (6, 8), "test": (4, 6)}  # nodes of each graph
 FIRST_ID = {"train": 1, "valid": 21, "test": 23}
@@ -29,14 +27,16 @@ pytestmark = pytest.mark.usefixtures("fresh_data")
 
 
 def official_files() -> dict[str, bytes]:
-    """The twelve raw files of a small PPI: node-link JSON, directed, every graph a ring with a loop."""
+    """The twelve raw files of a small PPI: node-link JSON, every graph a ring with a loop. Every other link stands
+    there in one direction only, and the first twice."""
     rng = np.random.default_rng(0)
     files = {}
     for part, sizes in SIZES.items():
         nodes, start, links = sum(sizes), 0, []
         for size in sizes:
             ring = [(start + i, start + (i + 1) % size) for i in range(size)]
-            links += [{"source": a, "target": b} for a, b in [*ring, *(edge[::-1] for edge in ring)]]
+            back = [(b, a) for a, b in ring[::2]]
+            links += [{"source": a, "target": b} for a, b in [*ring, *back, ring[0]]]
             links.append({"source": start, "target": start})
             start += size
         graph = {"directed": False, "graph": {}, "nodes": [{"id": i} for i in range(nodes)],
@@ -55,7 +55,7 @@ def official_files() -> dict[str, bytes]:
 
 
 def write_raw() -> Path:
-    raw = sources.data_root() / "ppi" / "raw"
+    raw = data_root() / "ppi" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for name, content in official_files().items():
         (raw / name).write_bytes(content)
@@ -63,7 +63,7 @@ def write_raw() -> Path:
 
 
 @pytest.fixture
-def serve(file_server: FileServer, monkeypatch) -> FileServer:
+def serve(file_server, monkeypatch):
     """The official archive, served on this machine."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -91,19 +91,36 @@ def check(data: TissueGraphs) -> None:
 
 
 def test_local_files(serve, capsys):
-    write_raw()
+    raw = write_raw()
     check(ppi())
     captured = capsys.readouterr()
-    assert captured.out == "PPI: official files, read by torch_geometric\n"
+    assert captured.out == "PPI: official files\n"
     assert captured.err == ""
     assert serve.requests == 0
+    (raw / "NOTICE.txt").write_text("three labels\nare unknown\n")
+    assert str(ppi().provenance) == "PPI: official files; three labels are unknown"
+    assert {path.name for path in raw.parent.iterdir()} == {"raw"}  # nothing is written beside the files
 
 
-def test_second_run_takes_the_processed_copy(serve, monkeypatch):
+def test_equals_torch_geometric():
+    pytest.importorskip("networkx")  # which torch_geometric reads the files with
     write_raw()
-    ppi()
-    monkeypatch.setattr(PPI, "process", lambda _: pytest.fail("processed again"))
-    check(ppi())
+    for split, graphs in (("train", ppi().train), ("val", ppi().val), ("test", ppi().test)):
+        for ours, theirs in zip(graphs, PPI(str(data_root() / "ppi"), split), strict=True):
+            assert torch.equal(ours.x, theirs.x)
+            assert torch.equal(ours.y, theirs.y)
+            assert ours.num_edges == theirs.num_edges
+            assert set(map(tuple, ours.edge_index.t().tolist())) == set(map(tuple, theirs.edge_index.t().tolist()))
+
+
+@pytest.mark.skipif(not (Path(REAL) / "ppi" / "raw").is_dir() or not REAL, reason="PPI is not in PDL_DATA")
+def test_the_real_files(monkeypatch):
+    monkeypatch.setenv("PDL_DATA", REAL)
+    data = ppi()
+    splits = data.train, data.val, data.test
+    assert [len(graphs) for graphs in splits] == [20, 2, 2]
+    assert [sum(graph.num_edges for graph in graphs) for graphs in splits] == [1_226_368, 198_920, 161_976]
+    assert sum(graph.num_nodes for graphs in splits for graph in graphs) == 56_944
 
 
 def test_download(serve):
@@ -113,15 +130,17 @@ def test_download(serve):
     check(ppi())
 
 
+@pytest.mark.fault("connection cut")
 def test_truncated_download_is_tried_again(serve, capsys):
     serve.truncated = 1
     check(ppi())
     assert "attempt 1 of 3" in capsys.readouterr().out
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("name", ["train_feats.npy", "valid_labels.npy", "test_graph_id.npy", "train_graph.json"])
 @pytest.mark.parametrize("damage", ["removed", "emptied", "truncated"])
-def test_damaged_raw_file_is_named_and_mended(name, damage, serve, capsys):
+def test_damaged_file_is_named_and_mended(name, damage, serve, capsys):
     path = write_raw() / name
     content = path.read_bytes()
     path.unlink()
@@ -134,55 +153,16 @@ def test_damaged_raw_file_is_named_and_mended(name, damage, serve, capsys):
     assert serve.requests == 1
 
 
-def test_json_broken_in_the_middle_is_named(serve, capsys):
-    path = write_raw() / "valid_graph.json"
-    path.write_bytes(path.read_bytes().replace(b'"links": [{"source"', b'"links": [{source', 1))
-    check(ppi())
-    assert f"{path} is truncated or corrupt" in capsys.readouterr().out
-
-
-def test_arrays_that_do_not_fit_are_named(serve, capsys):
+@pytest.mark.fault("damaged files")
+def test_files_that_do_not_fit_are_named(serve, capsys):
     path = write_raw() / "test_labels.npy"
     np.save(path, np.zeros((10, LABELS - 1)))
     check(ppi())
     assert f"{path} has shape (10, 120), not (10, 121)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("how", ["truncated", "of other data", "incomplete"])
-def test_processed_copy_is_not_trusted(how, serve, capsys):
-    raw = write_raw()
-    ppi()
-    processed = raw.parent / "processed"
-    if how == "truncated":
-        (processed / "val.pt").write_bytes((processed / "val.pt").read_bytes()[:500])
-    elif how == "of other data":
-        shutil.copy(processed / "test.pt", processed / "val.pt")
-    else:
-        (processed / "val.pt").unlink()
+    path = path.with_name("valid_graph.json")
+    path.write_text('{"links": [{"source": 0, "target": 14}]}')
     check(ppi())
-    check(ppi())
-    said = capsys.readouterr().out.count(f"{processed} does not match the raw files and is made again")
-    assert said == (how != "incomplete")  # torch_geometric itself makes a missing one
-    assert serve.requests == 0
-
-
-@pytest.mark.parametrize("why", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_data_root_that_cannot_be_written_to(why, serve, monkeypatch, capsys):
-    raw = write_raw()
-    really_make = Path.mkdir
-
-    def refuse(path: str, *args, **kwargs) -> None:
-        if str(path).startswith(str(raw.parent)):
-            raise OSError(why, os.strerror(why), str(path))
-        really_make(Path(path), parents=True, exist_ok=True)
-
-    monkeypatch.setattr("os.makedirs", refuse)
-    check(ppi())
-    assert not (raw.parent / "processed").exists()
-    path = raw / "valid_graph.json"
-    path.write_bytes(path.read_bytes().replace(b'"links": [{"source"', b'"links": [{source', 1))
-    check(ppi())
-    assert f"{path} is truncated or corrupt" in capsys.readouterr().out
+    assert f"{path} names other nodes than the 14 that have features" in capsys.readouterr().out
 
 
 def test_offline_means_a_stand_in_that_says_so(monkeypatch, capsys):
@@ -197,7 +177,7 @@ def test_offline_means_a_stand_in_that_says_so(monkeypatch, capsys):
 def test_require_real(monkeypatch):
     monkeypatch.setenv("PDL_OFFLINE", "1")
     monkeypatch.setenv("PDL_REQUIRE_REAL", "1")
-    with pytest.raises(sources.NoRealData, match="PDL_OFFLINE is set"):
+    with pytest.raises(NoRealData, match="PDL_OFFLINE is set"):
         ppi(TINY)
 
 

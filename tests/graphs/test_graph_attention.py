@@ -1,0 +1,287 @@
+"""Layers against torch_geometric's, and their parts against the definitions, written with (E, H, C) tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pdl_utils.graphs import GATConv, GATv2Conv, GCNConv, GraphNet, SortedEdges, UniformConv
+from pdl_utils.graphs.edges import edge_softmax, pair_scores, weighted_sum
+
+NODES, CHANNELS = 12, 7
+KINDS = ["mlp", "gcn", "gat", "gatv2", "uniform"]
+
+
+def random_edges(edges: int = 60, nodes: int = NODES) -> Tensor:
+    """Among all nodes but the last two, which stay isolated; a few edges stand there twice."""
+    edge_index = torch.randint(0, nodes - 2, (2, edges))
+    return torch.cat([edge_index, edge_index[:, :7]], dim=1)
+
+
+GRAPHS = {
+    "isolated nodes, duplicates, some loops": lambda: (NODES, random_edges()),
+    "loops everywhere": lambda: (NODES, torch.cat([random_edges(), torch.arange(NODES).repeat(2, 1)], 1)),
+    "single node with loops": lambda: (1, torch.zeros(2, 3, dtype=torch.long)),
+    "no edges": lambda: (5, torch.zeros(2, 0, dtype=torch.long)),
+    "one edge": lambda: (3, torch.tensor([[2], [0]])),
+}
+
+LAYERS = {
+    "gcn": (GCNConv, pyg.GCNConv, {}),
+    "gat": (GATConv, pyg.GATConv, {"heads": 3}),
+    "gat mean residual": (GATConv, pyg.GATConv, {"heads": 2, "concat": False, "residual": True}),
+    "gat slope": (GATConv, pyg.GATConv, {"heads": 2, "negative_slope": 0.6, "bias": False}),
+    "gatv2": (GATv2Conv, pyg.GATv2Conv, {"heads": 3}),
+    "gatv2 mean residual": (GATv2Conv, pyg.GATv2Conv, {"heads": 2, "concat": False, "residual": True}),
+    "gatv2 slope": (GATv2Conv, pyg.GATv2Conv, {"heads": 2, "negative_slope": 0.6, "bias": False}),
+}
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Against the largest number, or 1: a softmax ignores a shift, so that some gradients are rounding alone."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1))
+
+
+def outputs_and_gradients(layer: nn.Module, x: Tensor, edges: Tensor | SortedEdges) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    out = layer(x, edges)
+    probe = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)  # a different weight everywhere
+    (out * probe).sum().backward()
+    return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+
+
+@pytest.mark.parametrize("self_loops", [True, False])
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_equals_torch_geometric(layer, graph, self_loops):
+    torch.manual_seed(0)
+    ours, theirs, options = LAYERS[layer]
+    nodes, edges = GRAPHS[graph]()
+    peer = theirs(CHANNELS, 5, add_self_loops=self_loops, **options).double()
+    for parameter in peer.parameters():  # biases start at zero, where a mistake would not show
+        nn.init.normal_(parameter, std=0.5)
+    mine = ours(CHANNELS, 5, **options).double()
+    mine.load_state_dict(peer.state_dict())
+    x = torch.randn(nodes, CHANNELS, dtype=torch.float64)
+    expected = outputs_and_gradients(peer, x, edges)
+    given = edges if self_loops else SortedEdges.from_edges(edges, nodes, self_loops=False)
+    for name, value in outputs_and_gradients(mine, x, given).items():
+        reference = torch.zeros_like(value) if expected[name] is None else expected[name]
+        assert relative_error(value, reference) < 1e-10, name
+
+
+@pytest.mark.parametrize("layer", [GATConv, GATv2Conv])
+def test_attention_equals_torch_geometric(layer):
+    torch.manual_seed(0)
+    peer = getattr(pyg, layer.__name__)(CHANNELS, 5, heads=3).double()
+    mine = layer(CHANNELS, 5, heads=3).double()
+    mine.load_state_dict(peer.state_dict())
+    x, edges = torch.randn(NODES, CHANNELS, dtype=torch.float64), random_edges()
+
+    def dense(edge_index: Tensor, attention: Tensor) -> Tensor:
+        return torch.zeros(NODES, NODES, 3).double().index_put(tuple(edge_index), attention, accumulate=True)
+
+    _, expected = peer(x, edges, return_attention_weights=True)
+    _, found = mine(x, edges, return_attention=True)
+    torch.testing.assert_close(dense(*found), dense(*expected), rtol=1e-10, atol=1e-12)
+
+
+def plain_weighted_sum(weight: Tensor, h: Tensor, graph: SortedEdges) -> Tensor:
+    return torch.zeros_like(h).index_add(0, graph.target, weight.unsqueeze(-1) * h[graph.source])
+
+
+def plain_pair_scores(h: Tensor, query: Tensor, att: Tensor, slope: float, graph: SortedEdges) -> Tensor:
+    return (F.leaky_relu(h[graph.source] + query[graph.target], slope) * att).sum(-1)
+
+
+@pytest.mark.parametrize("channels", [3, 2**17])  # the second makes five tiles of 16 edges
+def test_operations_equal_the_definitions(channels):
+    torch.manual_seed(0)
+    graph = SortedEdges.from_edges(random_edges(), NODES)
+    h, query = torch.randn(2, NODES, 2, channels, dtype=torch.float64)
+    weight, att = torch.rand(len(graph.source), 2).double(), torch.randn(2, channels).double()
+    for ours, plain, inputs, more in [
+        (weighted_sum, plain_weighted_sum, (weight, h), (graph,)),
+        (pair_scores, plain_pair_scores, (h, query, att), (0.2, graph)),
+    ]:
+        results = []
+        for function in (ours, plain):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = function(*leaves, *more)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for found, expected in zip(*results, strict=True):
+            assert relative_error(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("graph", ["isolated nodes, duplicates, some loops", "no edges"])
+def test_gradients_against_finite_differences(graph):
+    torch.manual_seed(0)
+    nodes, edges = GRAPHS[graph]()
+    graph = SortedEdges.from_edges(edges, nodes, self_loops=False)
+    h, query = (torch.randn(nodes, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    att = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(len(graph.source), 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, h: weighted_sum(w, h, graph), (weight, h))
+    assert torch.autograd.gradcheck(lambda h, q, a: pair_scores(h, q, a, 0.2, graph), (h, query, att))
+    assert torch.autograd.gradcheck(lambda e: edge_softmax(e, graph), (weight,))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that an operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("layer", [GATConv, GATv2Conv])
+def test_no_tensor_holds_a_message_for_every_edge_and_head(layer):
+    graph = SortedEdges.from_edges(random_edges(edges=9000, nodes=100), 100)
+    with LargestTensor() as seen:
+        layer(CHANNELS, 512, heads=4)(torch.randn(100, CHANNELS), graph).sum().backward()
+    assert 100 * 4 * 512 <= seen.numel < len(graph.source) * 4 * 512 / 5
+
+
+@pytest.mark.parametrize("kind", ["gcn", "gat", "gatv2", "uniform"])
+def test_autocast_reaches_only_the_linear_maps(kind):
+    torch.manual_seed(0)
+    net = GraphNet(CHANNELS, 4, kind, hidden=5, heads=2, out_heads=3)
+    x, graph = torch.randn(NODES, CHANNELS), SortedEdges.from_edges(random_edges(), NODES)
+    full = net(x, graph)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net(x, graph)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, full)
+    torch.testing.assert_close(found, full, rtol=0.05, atol=0.05)
+
+    def rounded(linear: nn.Linear, inputs: tuple[Tensor], _: Tensor) -> Tensor:
+        bias = None if linear.bias is None else linear.bias.bfloat16()
+        return F.linear(inputs[0].bfloat16(), linear.weight.bfloat16(), bias).float()
+
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(rounded)
+    torch.testing.assert_close(found, net(x, graph), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_on_the_device_of_its_inputs(kind):
+    """On fake CUDA tensors, which need no GPU."""
+    real = SortedEdges.from_edges(random_edges(), NODES)
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        fields = (
+            torch.empty(x.shape, dtype=torch.long) for x in (real.source, real.target, real.rowptr, real.origin)
+        )
+        graph = SortedEdges(NODES, *fields)
+        net = GraphNet(CHANNELS, 4, kind, hidden=5, heads=2, out_heads=3, dropout=0.5)
+        out, trace = net(torch.empty(NODES, CHANNELS), graph, return_trace=True)
+        assert {x.device.type for x in (out, *trace.features, *trace.attention)} == {"cuda"}
+
+
+def test_attention_is_dropped_in_training_only():
+    torch.manual_seed(0)
+    net = GraphNet(CHANNELS, 4, "gat", hidden=5, heads=2, dropout=0.5)
+    x, graph = torch.randn(NODES, CHANNELS), SortedEdges.from_edges(random_edges(), NODES)
+    assert not torch.equal(net(x, graph), net(x, graph))
+    net.eval()
+    assert torch.equal(net(x, graph), net(x, graph))
+
+
+def test_attention_rows_sum_to_one_beside_huge_scores():
+    """Scores of 1e4 in one neighbourhood and -1e4 in another: a shared maximum would underflow the second."""
+    torch.manual_seed(0)
+    graph = SortedEdges.from_edges(random_edges(), NODES)
+    scores = torch.randn(len(graph.source), 4)
+    scores[graph.target % 3 == 0] += 1e4
+    scores[graph.target % 3 == 1] -= 1e4
+    attention = edge_softmax(scores, graph)
+    total = torch.zeros(NODES, 4).index_add(0, graph.target, attention)
+    torch.testing.assert_close(total, torch.ones(NODES, 4))
+    by_hand = torch.cat([scores[graph.target == node].softmax(0) for node in range(NODES)])
+    torch.testing.assert_close(attention, by_hand)
+
+
+def test_uniform_attention_is_the_mean_of_the_neighbourhood():
+    layer = UniformConv(CHANNELS, CHANNELS, bias=False)
+    nn.init.eye_(layer.lin.weight)
+    x, edges = torch.randn(4, CHANNELS), torch.tensor([[0, 1, 2], [3, 3, 3]])
+    torch.testing.assert_close(layer(x, edges)[3], x.mean(0))
+
+
+def test_static_and_dynamic_attention():
+    """GAT ranks the sources alike for every target (Brody et al., theorem 1). GATv2 need not: with these
+    weights it scores -0.8 |x_j - x_i|, and every node attends to itself most."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 1)
+    edges = torch.cartesian_prod(torch.arange(6), torch.arange(6)).t()
+
+    def favourites(layer: nn.Module) -> list[int]:
+        _, ((source, target), attention) = layer(x, edges, return_attention=True)
+        return torch.zeros(6, 6).index_put((target, source), attention[:, 0]).argmax(1).tolist()
+
+    assert len(set(favourites(GATConv(1, 5)))) == 1
+    layer = GATv2Conv(1, 2)
+    with torch.no_grad():
+        layer.lin_l.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        layer.lin_r.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        layer.att.fill_(-1)
+    assert favourites(layer) == list(range(6))
+
+
+def test_sorted_edges_keep_track_of_the_given_ones():
+    edges = torch.tensor([[0, 2, 1, 1, 2], [1, 1, 1, 0, 1]])
+    graph = SortedEdges.from_edges(edges, 4)
+    assert graph.edge_index.tolist() == [[0, 1, 0, 1, 2, 2, 2, 3], [0, 0, 1, 1, 1, 1, 2, 3]]
+    assert graph.degree.tolist() == [2, 4, 1, 1]
+    given = graph.origin >= 0
+    assert torch.equal(edges[:, graph.origin[given]], graph.edge_index[:, given])
+    assert (graph.source[~given] == graph.target[~given]).all()
+
+
+@pytest.mark.parametrize(
+    ("edges", "says"),
+    [
+        (torch.zeros(2, 3), "must hold integers"),
+        (torch.zeros(3, dtype=torch.long), r"shape \(2, E\), not torch.int64 of \(3,\)$"),
+        (torch.zeros(5, 2, dtype=torch.long), r"not torch.int64 of \(5, 2\)"),
+        (torch.tensor([[0], [4]]), "names nodes 0 to 4, but there are only 0 to 3"),
+        (torch.tensor([[-1], [0]]), "names nodes -1 to 0"),
+        (SortedEdges.from_edges(torch.tensor([[0], [1]]), 3), "features of 4 nodes, but edges between 3"),
+    ],
+)
+def test_malformed_edges(edges, says):
+    with pytest.raises(ValueError, match=says):
+        GraphNet(CHANNELS, 5, hidden=3)(torch.randn(4, CHANNELS), edges)
+
+
+def test_net_names_its_choices():
+    with pytest.raises(ValueError, match="'gta': choose one of gat, gatv2, uniform, gcn, mlp"):
+        GraphNet(3, 2, "gta")
+    with pytest.raises(ValueError, match="at least one layer"):
+        GraphNet(3, 2, depth=0)
+
+
+@pytest.mark.parametrize("conv", KINDS)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_net_traces_every_layer(conv, depth):
+    net = GraphNet(CHANNELS, 4, conv, hidden=5, heads=2, out_heads=3, depth=depth)
+    logits, trace = net(torch.randn(NODES, CHANNELS), random_edges(), return_trace=True)
+    widths = [CHANNELS, *[10] * (depth - 1), 4]
+    assert [features.shape for features in trace.features] == [(NODES, width) for width in widths]
+    assert logits is trace.features[-1]
+    heads = [2] * (depth - 1) + [3] if conv in ("gat", "gatv2", "uniform") else []
+    assert [attention.shape[1] for attention in trace.attention] == heads
+
+
+def test_mlp_sees_no_edges():
+    net, x = GraphNet(CHANNELS, 4, "mlp", hidden=5), torch.randn(NODES, CHANNELS)
+    assert torch.equal(net(x, random_edges()), net(x, torch.zeros(2, 0, dtype=torch.long)))
