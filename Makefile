@@ -38,7 +38,7 @@ lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# A torch that is there already (a CPU-only one, say) satisfies pyproject.toml, so pip leaves it alone.
+# A torch with its torchvision that is there already (CPU-only builds, say) satisfies pyproject.toml: pip keeps them.
 # The stamp is written last: an installation that was cut short is taken up again.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed, this is ' + sys.version)"

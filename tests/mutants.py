@@ -3,19 +3,19 @@
     python tests/mutants.py              all of them (`make mutants`)
     python tests/mutants.py graph hook   those whose name or file holds one of these words
 
-Every mutant is one exact replacement of text and the few tests that ought to catch it. The tests pass on
-the unchanged copy first; a mutant is caught if one of them then fails. Exits with 1 if a mutant
-survives, and with 2 if the check itself is stale: a text that is not there exactly once, tests that do not
-exist or do not pass.
+A mutant replaces one expression or statement of a function, found in its syntax tree: spaces, line breaks,
+quotes and comments do not matter. The tests that ought to catch it pass on the unchanged copy first; it is caught
+if one of them then fails. Exits with 1 if a mutant survives, and with 2 if the check itself is stale: code that is
+not there exactly once, tests that do not exist or do not pass.
 
 The tests run in forked processes, so that torch is imported once, not for every mutant (needs a POSIX system).
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
-import json
 import os
 import shutil
 import sys
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("pdl_utils", "tests", "pyproject.toml")
+COPIED = ("pdl_utils", "scripts", "tests", "pyproject.toml")
 # What tests import and pdl_utils is not: inherited by every fork. Absent ones are the tests' business.
 PRELOADED = (
     "pytest", "pytest_timeout", "torchvision.datasets", "torchvision.models", "torchvision.transforms.v2",
@@ -34,442 +34,187 @@ PRELOADED = (
     "matplotlib.pyplot", "IPython.display", "skimage.data", "sklearn.datasets", "scipy.stats", "safetensors.torch",
 )  # fmt: skip
 
+CAM, MEASURES = "grad_cam/test_grad_cam.py", "grad_cam/test_cam_metrics.py"
+GRAPHS, GRAPH_MEASURES = "graphs/test_graph_attention.py", "graphs/test_graph_metrics.py"
+LORA, TRANSFER, TRAINING = "few_labels/test_lora.py", "few_labels/test_transfer.py", "test_training.py"
+FORMULA = f"{CAM}::test_maps_are_those_of_the_formula"
+LOSS = "few_labels/test_simclr.py::test_the_loss"
+PEFT = f"{LORA}::test_outputs_gradients_and_merged_weights_are_those_of_peft"
+PYG = f"{GRAPHS}::test_equals_torch_geometric"
+PROBE = f"{TRANSFER}::test_the_probe_is_scikit_learns_logistic_regression"
+RESUMED = f"{TRAINING}::test_interrupted_and_resumed_equals_unbroken"
+RECORDED = "test_notebook.py::test_results_are_kept_in_the_full_profile_only"
+
 
 class Mutant(NamedTuple):
-    """A mistake that somebody could make: in `file` of the package, `old` becomes `new`. `tests` names
-    the tests that ought to catch it, all cases of one without its brackets."""
+    """A mistake that somebody could make: in the function or class `where`, FILE::NAME, `old` becomes `new`.
+    `test` ought to catch it: the name of a test, or how the names of several begin."""
 
     name: str
-    file: str
+    where: str
     old: str
     new: str
-    tests: list[str]
+    test: str
 
 
-FORMULA = "test_grad_cam.py::test_maps_are_those_of_the_formula[layer4.1.bn2]"
-LOSS = [
-    "test_simclr.py::test_the_loss_and_its_gradient_equal_those_of_lightly",
-    "test_simclr.py::test_the_loss_by_hand",
-    "test_simclr.py::test_nobody_is_its_own_negative_or_positive",
-    "test_simclr.py::test_uninformed_embeddings_score_log_of_the_number_of_others",
-]
-
+# fmt: off
 MUTANTS = [
-    # Grad-CAM
-    Mutant(
-        "Grad-CAM with the wrong sign",
-        "grad_cam.py",
-        "m if signed else m.relu()",
-        "m if signed else (-m).relu()",
-        [FORMULA],
-    ),
-    Mutant(
-        "only positive gradients weigh channels",
-        "grad_cam.py",
-        "alpha = at_least_float32(gradients).mean((3, 4))",
-        "alpha = at_least_float32(gradients).relu().mean((3, 4))",
-        [FORMULA],
-    ),
-    Mutant(
-        "guided ReLU lets the negative pass",
-        "grad_cam.py",
-        "gradient.clamp(min=0)",
-        "gradient.clamp(max=0)",
-        ["test_grad_cam.py::test_guided_backprop_is_captums"],
-    ),
-    Mutant(
-        "maps enlarged with corners aligned",
-        "grad_cam.py",
-        "align_corners=False",
-        "align_corners=True",
-        ["test_grad_cam.py::test_enlarged_cells_cover_their_part_of_the_image"],
-    ),
-    Mutant(
-        "in-place ReLU overwrites what a hook kept",
-        "hooks.py",
-        "return output.clone()",
-        "return output",
-        [FORMULA],
-    ),
-    Mutant(
-        "hooks stay on the model",
-        "hooks.py",
-        "        for handle in handles:\n            handle.remove()",
-        "        pass",
-        ["test_grad_cam.py::test_the_model_is_left_as_it_was"],
-    ),
-    Mutant(
-        "train mode in evaluation",
-        "hooks.py",
-        "    model.eval()\n",
-        "",
-        ["test_grad_cam.py::test_frozen_no_grad_inference_train_mode_and_channels_last_agree"],
-    ),
-    # Measures of maps
-    Mutant(
-        "pointing game off by one",
-        "cam_metrics.py",
-        "(x <= x1)",
-        "(x < x1)",
-        ["test_cam_metrics.py::test_pointing_game_at_the_corners"],
-    ),
-    Mutant(
-        "deletion takes the least important first",
-        "cam_metrics.py",
-        "descending=True",
-        "descending=False",
-        ["test_cam_metrics.py::test_insertion_and_deletion_follow_the_order_of_the_map"],
-    ),
+    # Grad-CAM, and the measures of its maps
+    Mutant("Grad-CAM with the wrong sign", "grad_cam/maps.py::grad_cam",
+           "m.relu()", "(-m).relu()", FORMULA),
+    Mutant("only positive gradients weigh channels", "grad_cam/maps.py::grad_cam",
+           "gradient.mean((3, 4))", "gradient.relu().mean((3, 4))", FORMULA),
+    Mutant("guided ReLU lets the negative pass", "grad_cam/maps.py::GuidedReLU",
+           "gradient.clamp(min=0)", "gradient.clamp(max=0)", f"{CAM}::test_guided_backprop_is_captums"),
+    Mutant("maps enlarged with corners aligned", "grad_cam/maps.py::enlarge",
+           "F.interpolate(maps, tuple(size), mode='bilinear', align_corners=False)",
+           "F.interpolate(maps, tuple(size), mode='bilinear', align_corners=True)",
+           f"{CAM}::test_enlarged_cells_cover_their_part_of_the_image"),
+    Mutant("in-place ReLU overwrites what a hook kept", "grad_cam/hooks.py::record_activations",
+           "seen[name].clone()", "seen[name]", f"{CAM}::test_recorded_activations_survive_in_place_operations"),
+    Mutant("hooks stay on the model", "grad_cam/hooks.py::record_activations",
+           "handle.remove()", "handle", f"{CAM}::test_the_model_is_left_as_it_was"),
+    Mutant("explained in train mode", "grad_cam/hooks.py::evaluating",
+           "model.eval()", "model", f"{CAM}::test_frozen_no_grad_inference_train_mode_and_channels_last_agree"),
+    Mutant("the end of a box is outside", "grad_cam/metrics.py::box_masks",
+           "x <= x1", "x < x1", f"{MEASURES}::test_both_ends_of_a_box_are_inside"),
+    Mutant("class 0 is no class", "grad_cam/metrics.py::match_classes",
+           "-1 if found.get(name) is None else found[name]", "found.get(name) or -1",
+           f"{MEASURES}::test_labels_of_a_data_set_become_classes_of_a_network"),
+    Mutant("deletion takes the least important first", "grad_cam/metrics.py::insertion_deletion",
+           "maps.flatten(1).argsort(dim=1, descending=True, stable=True)", "maps.flatten(1).argsort(dim=1)",
+           f"{MEASURES}::test_insertion_and_deletion_follow_the_order_of_the_map"),
     # Graphs
-    Mutant(
-        "softmax over sources, not targets",
-        "graph.py",
-        "    index = graph.target.unsqueeze(1).expand_as(scores)\n"
-        "    shape = (graph.num_nodes, scores.shape[1])\n"
-        '    top = scores.new_full(shape, -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")\n'
-        "    weight = (scores - top.index_select(0, graph.target)).exp()\n"
-        "    total = weight.new_zeros(shape).index_add(0, graph.target, weight)\n"
-        "    return weight / total.index_select(0, graph.target)",
-        "    index = graph.source.unsqueeze(1).expand_as(scores)\n"
-        "    shape = (graph.num_nodes, scores.shape[1])\n"
-        '    top = scores.new_full(shape, -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")\n'
-        "    weight = (scores - top.index_select(0, graph.source)).exp()\n"
-        "    total = weight.new_zeros(shape).index_add(0, graph.source, weight)\n"
-        "    return weight / total.index_select(0, graph.source)",
-        [
-            "test_graph_attention.py::test_attention_rows_sum_to_one_beside_huge_scores",
-            "test_graph_attention.py::test_attention_equals_torch_geometric",
-        ],
-    ),
-    Mutant(
-        "softmax subtracts the batch's maximum",
-        "graph.py",
-        "scores - top.index_select(0, graph.target)",
-        "scores - top.max()",
-        ["test_graph_attention.py::test_attention_rows_sum_to_one_beside_huge_scores"],
-    ),
-    Mutant(
-        "GATv2 puts its vector before the LeakyReLU",
-        "graph.py",
-        "(F.leaky_relu(pair, negative_slope) * att).sum(-1)",
-        "F.leaky_relu(pair * att, negative_slope).sum(-1)",
-        ["test_graph_attention.py::test_fast_path_equals_plain"],
-    ),
-    Mutant(
-        "GCN scales by the target's degree alone",
-        "graph_attention.py",
-        "scale[graph.source] * scale[graph.target]",
-        "scale[graph.target] * scale[graph.target]",
-        ["test_graph_attention.py::test_equals_torch_geometric[gcn-one edge-True-True-dtype0-1e-10]"],
-    ),
-    Mutant(
-        "attention dropped in evaluation, too",
-        "graph_attention.py",
-        "F.dropout(attention, self.dropout, self.training)",
-        "F.dropout(attention, self.dropout)",
-        ["test_graph_attention.py::test_attention_is_dropped_in_training_only"],
-    ),
-    Mutant(
-        "backward pass mixes up the edges' weights",
-        "fast_attention.py",
-        "_bags(weight[order], grad",
-        "_bags(weight, grad",
-        ["test_graph_attention.py::test_gradients_against_finite_differences"],
-    ),
-    Mutant(
-        "a query's gradient goes to the source",
-        "fast_attention.py",
-        "grad_query[k].index_add_(0, graph.target[tile], slope)",
-        "grad_query[k].index_add_(0, graph.source[tile], slope)",
-        ["test_graph_attention.py::test_gradients_against_finite_differences"],
-    ),
-    Mutant(
-        "micro-F1 takes logits for probabilities",
-        "graph_metrics.py",
-        "predicted, wanted = logits > 0, labels > 0.5\n    found",
-        "predicted, wanted = logits > 0.5, labels > 0.5\n    found",
-        ["test_graph_attention.py::test_micro_f1"],
-    ),
-    Mutant(
-        "Dirichlet energy a node becomes one an edge",
-        "graph_metrics.py",
-        "if relative else graph.num_nodes",
-        "if relative else len(graph.source)",
-        ["test_graph_attention.py::test_dirichlet_energy"],
-    ),
-    # SimCLR
-    Mutant(
-        "self-pair not masked",
-        "simclr.py",
-        '        similarity[row, 2 * n * rank + row] = float("-inf")',
-        "        pass",
-        LOSS,
-    ),
-    Mutant(
-        "the positive is the next row",
-        "simclr.py",
-        "(row + n) % (2 * n)",
-        "(row + 1) % (2 * n)",
-        LOSS,
-    ),
-    Mutant(
-        "embeddings not normalised",
-        "simclr.py",
-        "F.normalize(z.float() if z.element_size() < 4 else z, dim=1)",
-        "(z.float() if z.element_size() < 4 else z)",
-        LOSS,
-    ),
-    Mutant(
-        "features in train mode",
-        "evaluation.py",
-        "if model.training:",
-        "if False:",
-        ["test_simclr.py::test_features_are_those_of_the_eval_mode_and_the_encoder_is_left_alone"],
-    ),
-    Mutant(
-        "both views are the same",
-        "simclr.py",
-        "return augment(images, size, generator), augment(images, size, generator)",
-        "return (augment(images, size, generator),) * 2",
-        ["test_simclr.py::test_views_differ_from_each_other_and_follow_from_the_generator"],
-    ),
-    Mutant(
-        "every image is mirrored",
-        "augment.py",
-        "< 0.5 * flip",
-        "< 1.0 * flip",
-        ["test_pretrain.py::test_half_of_the_images_are_mirrored"],
-    ),
-    Mutant(
-        "bytes standardised as if they were 0..1",
-        "augment.py",
-        "scale = 255.0 if images.dtype == torch.uint8 else 1.0",
-        "scale = 1.0",
-        ["test_pretrain.py::test_normalize_takes_bytes_and_floats_alike"],
-    ),
+    Mutant("softmax subtracts the batch's maximum", "graphs/edges.py::edge_softmax",
+           "scores - top.index_select(0, graph.target)", "scores - top.max()",
+           f"{GRAPHS}::test_attention_rows_sum_to_one_beside_huge_scores"),
+    Mutant("softmax over sources, not targets", "graphs/edges.py::edge_softmax",
+           "weight / total.index_select(0, graph.target)", "weight / total.index_select(0, graph.source)",
+           f"{GRAPHS}::test_attention_equals_torch_geometric"),
+    Mutant("GATv2 puts its vector before the LeakyReLU", "graphs/edges.py::pair_scores",
+           "F.leaky_relu(pair, negative_slope) @ att", "F.leaky_relu(pair * att, negative_slope).sum(-1)", PYG),
+    Mutant("GCN scales by the target's degree alone", "graphs/layers.py::GCNConv",
+           "scale[graph.source] * scale[graph.target]", "scale[graph.target] * scale[graph.target]", PYG),
+    Mutant("attention dropped in evaluation, too", "graphs/layers.py::AttentionConv",
+           "F.dropout(attention, self.dropout, self.training)", "F.dropout(attention, self.dropout)",
+           f"{GRAPHS}::test_attention_is_dropped_in_training_only"),
+    Mutant("micro-F1 takes logits for probabilities", "graphs/metrics.py::micro_f1",
+           "logits > 0", "logits > 0.5", f"{GRAPH_MEASURES}::test_micro_f1"),
+    Mutant("Dirichlet energy a node becomes one an edge", "graphs/metrics.py::dirichlet_energy",
+           "graph.num_nodes", "len(graph.source)", f"{GRAPH_MEASURES}::test_dirichlet_energy"),
+    Mutant("attention compared between neighbourhoods", "graphs/metrics.py::_ranks_within",
+           "rankdata(group * len(distinct) + code)", "rankdata(code)",
+           f"{GRAPH_MEASURES}::test_preference_compares_within_neighbourhoods_only"),
+    Mutant("PPI's edges in one direction", "datasets/ppi.py::_graphs",
+           "np.concatenate([source * len(ids) + target, target * len(ids) + source])",
+           "source * len(ids) + target",
+           "datasets/test_ppi.py::test_equals_torch_geometric"),
+    # Images and SimCLR
+    Mutant("a view is its own negative", "few_labels/simclr.py::nt_xent_loss",
+           "similarity[row, row] = float('-inf')", "pass", LOSS),
+    Mutant("the positive is the next row", "few_labels/simclr.py::nt_xent_loss",
+           "row.roll(len(z1))", "row.roll(1)", LOSS),
+    Mutant("both views are the same", "images.py::Batches",
+           "yield (first, normalize(self.augment(images, size, own)))", "yield (first, first)",
+           "test_images.py::test_without_labels_a_batch_is_two_views_and_parts_share_it"),
+    Mutant("every image is mirrored", "images.py::crop_parameters",
+           "0.5 * flip", "1.0 * flip",
+           "test_images.py::test_crops_stay_inside_keep_their_share_and_are_mirrored_half_the_time"),
+    Mutant("numbers that are reported from train mode", "images.py::outputs",
+           "model.training", "False", "test_images.py::test_outputs_are_float32_of_the_eval_mode"),
     # Few labels
-    Mutant(
-        "the probe's standardisation is not folded in",
-        "evaluation.py",
-        "    weight = weight / torch.from_numpy(scaler.scale_)\n"
-        "    bias = bias - weight @ torch.from_numpy(scaler.mean_)\n",
-        "",
-        ["test_few_labels.py::test_the_probe_is_scikit_learns_logistic_regression"],
-    ),
-    Mutant(
-        "fine-tuning from a random head",
-        "few_labels.py",
-        "tuned.fc = linear_probe(outputs(tuned, images, recipe.size), labels, classes, C)",
-        "tuned.fc = nn.Linear(network.fc.in_features, classes)",
-        ["test_few_labels.py::test_fine_tuning_starts_from_the_probe_and_does_not_touch_the_pretrained_network"],
-    ),
-    Mutant(
-        "as many epochs as there should be steps",
-        "few_labels.py",
-        "-(-recipe.steps // (len(images) // batch_size))",
-        "recipe.steps",
-        ["test_few_labels.py::test_every_set_of_labels_gets_the_same_number_of_steps"],
-    ),
-    Mutant(
-        "frequent classes count more in the loss",
-        "few_labels.py",
-        "return (each * weight[batch[1]]).sum() / weight[batch[1]].sum()",
-        "return each.mean()",
-        ["test_few_labels.py::test_every_class_counts_the_same_in_the_loss"],
-    ),
-    Mutant(
-        "frequent classes count more in the probe",
-        "evaluation.py",
-        'class_weight="balanced", ',
-        "",
-        ["test_few_labels.py::test_the_probe_is_scikit_learns_logistic_regression"],
-    ),
-    Mutant(
-        "batch norm not frozen in fine-tuning",
-        "few_labels.py",
-        "            if isinstance(norm, nn.BatchNorm2d):",
-        "            if False:",
-        ["test_few_labels.py::test_frozen_norms_compute_what_they_did_in_eval_mode_and_stay"],
-    ),
-    Mutant(
-        "a shipped encoder is not gone on from",
-        "pretrain_simclr.py",
-        "            (model if whole else model.encoder).load_state_dict(weights)",
-        "            pass",
-        ["test_simclr.py::test_the_program_ships_an_encoder_and_goes_on_from_it"],
-    ),
+    Mutant("the probe's standardisation is not folded in", "few_labels/transfer.py::linear_probe",
+           "bias - weight @ torch.from_numpy(scaler.mean_)", "bias", PROBE),
+    Mutant("fine-tuning from a random head", "few_labels/transfer.py::fine_tune",
+           "linear_probe(outputs(encoder, images, recipe.size), labels, classes, C)",
+           "nn.Linear(outputs(encoder, images, recipe.size).shape[1], classes)",
+           f"{TRANSFER}::test_fine_tuning_starts_from_the_probe_and_leaves_the_encoder_alone"),
+    Mutant("frequent classes count more in the loss", "few_labels/transfer.py::train_on",
+           "F.cross_entropy(logits, batch[1], 1 / count)", "F.cross_entropy(logits, batch[1])",
+           f"{TRANSFER}::test_every_class_counts_the_same_in_the_loss"),
     # LoRA
-    Mutant(
-        "A and B both zero",
-        "lora.py",
-        "            init_a(self.A)",
-        "            self.A.zero_()",
-        ["test_lora.py::test_start_and_scale"],
-    ),
-    Mutant(
-        "backbone not frozen",
-        "lora.py",
-        "    model.requires_grad_(False)",
-        "    pass",
-        ["test_lora.py::test_parameters_of_the_paper_sized_mlp_at_rank_1"],
-    ),
-    Mutant(
-        "alpha / rank, whatever the scaling",
-        "lora.py",
-        'alpha / (rank if scaling == "standard" else math.sqrt(rank))',
-        "alpha / rank",
-        ["test_lora.py::test_start_and_scale"],
-    ),
-    Mutant(
-        "merging forgets the scale",
-        "lora.py",
-        ".view_as(x.weight) * x.lora.scale",
-        ".view_as(x.weight)",
-        ["test_lora.py::test_outputs_gradients_and_merged_weights_are_those_of_peft"],
-    ),
-    # Training, weights, results
-    Mutant(
-        "resuming forgets the optimizer",
-        "training.py",
-        '        optimizer.load_state_dict(state["optimizer"])\n',
-        "",
-        ["test_training.py::test_interrupted_and_resumed_equals_unbroken"],
-    ),
-    Mutant(
-        "resuming repeats an epoch",
-        "training.py",
-        "first = len(history.rows)",
-        "first = max(0, len(history.rows) - 1)",
-        ["test_training.py::test_interrupted_and_resumed_equals_unbroken"],
-    ),
-    Mutant(
-        "a loss of NaN goes on",
-        "training.py",
-        "if not math.isfinite(value):",
-        "if False:",
-        ["test_training.py::test_a_loss_that_is_not_finite_stops_before_the_step"],
-    ),
-    Mutant(
-        "evaluated in train mode",
-        "training.py",
-        "        model.eval()\n        row =",
-        "        row =",
-        ["test_training.py::test_it_trains_in_train_mode_and_evaluates_in_eval_mode_without_gradients"],
-    ),
-    Mutant(
-        "weights of NaN are saved",
-        "training.py",
-        "if not nn.utils.get_total_norm(",
-        "if False and nn.utils.get_total_norm(",
-        ["test_training.py::test_weights_that_are_not_finite_are_not_saved"],
-    ),
-    Mutant(
-        "a score of NaN is the best for good",
-        "training.py",
-        '(best["value"] if best else -math.inf) < row[keep_best] < math.inf',
-        '(best is None or best["value"] < row[keep_best])',
-        ["test_training.py::test_a_score_that_is_not_finite_is_no_best"],
-    ),
-    Mutant(
-        "a state to resume from may run code",
-        "training.py",
-        'map_location="cpu", weights_only=True',
-        'map_location="cpu", weights_only=False',
-        ["test_reliability.py::test_a_pickle_to_resume_from_is_not_run"],
-    ),
-    Mutant(
-        "a failed write leaves its half",
-        "settings.py",
-        "        partial.unlink(missing_ok=True)",
-        "        pass",
-        ["test_training.py::test_a_write_that_fails_leaves_the_old_file_and_no_rest"],
-    ),
-    Mutant(
-        "digest of weights not checked",
-        "checkpoints.py",
-        "if found != listed:",
-        "if False:",
-        ["test_checkpoints.py::test_a_damaged_file_is_named"],
-    ),
-    Mutant(
-        "a grown network keeps its random blocks",
-        "resnet.py",
-        "            nn.init.zeros_(module.bn2.weight)",
-        "            pass",
-        ["test_pretrain.py::test_a_grown_network_computes_what_the_small_one_does"],
-    ),
-    Mutant(
-        "standard deviation of the population",
-        "results.py",
-        "for v in numbers) / (len(numbers) - 1))",
-        "for v in numbers) / len(numbers))",
-        ["test_house.py::test_results_are_kept_in_the_full_profile_only"],
-    ),
-    Mutant(
-        "two processes that record lose entries",
-        "results.py",
-        'with FileLock(FIGURES / ".results.json.lock"):',
-        "if True:",
-        ["test_reliability.py::test_processes_that_save_at_once_lose_nothing[results]"],
-    ),
-    Mutant(
-        "two processes that save weights lose digests",
-        "checkpoints.py",
-        'with FileLock(path.parent / f".{DIGESTS}.lock"):',
-        "if True:",
-        ["test_reliability.py::test_processes_that_save_at_once_lose_nothing[digests]"],
-    ),
-    # Data
-    Mutant(
-        "test cells leak into the stand-in's training set",
-        "datasets/stand_ins.py",
-        "if ((row + 2 * column) % 5 == 0) == held_out",
-        "if (row + 2 * column) % 5 == 0 or not held_out",
-        ["test_datasets.py::test_texture_crops_of_train_and_test_share_no_pixel"],
-    ),
-    Mutant(
-        "a stand-in although PDL_REQUIRE_REAL is set",
-        "datasets/sources.py",
-        'if data is None or (not data.provenance.real and flag("PDL_REQUIRE_REAL")):',
-        "if data is None:",
-        ["test_datasets.py::test_require_real_says_what_to_do"],
-    ),
-    Mutant(
-        "MD5 of MNIST's files not checked",
-        "datasets/sources.py",
-        "if not check_md5(folder / name, md5):",
-        "if False:",
-        ["test_datasets.py::test_damaged_local_file_is_never_used_offline[mnist]"],
-    ),
-    Mutant(
-        "a processed file of PPI may run code",
-        "datasets/ppi.py",
-        "torch.load(path, weights_only=True)",
-        "path.stat()",
-        ["test_reliability.py::test_a_pickle_among_the_processed_files_of_ppi_is_not_run"],
-    ),
+    Mutant("A and B both zero", "few_labels/lora.py::LowRank",
+           "nn.init.zeros_(self.B.weight)", "nn.init.zeros_(self.A.weight), nn.init.zeros_(self.B.weight)",
+           f"{LORA}::test_start_and_scale"),
+    Mutant("the frozen network learns", "few_labels/lora.py::add_lora",
+           "model.requires_grad_(False)", "model",
+           f"{LORA}::test_the_function_is_unchanged_at_first_and_the_frozen_network_for_good"),
+    Mutant("alpha / rank, whatever the scaling", "few_labels/lora.py::LowRank",
+           "rank if scaling == 'standard' else math.sqrt(rank)", "rank", f"{LORA}::test_start_and_scale"),
+    Mutant("merging forgets the scale", "few_labels/lora.py::LowRank",
+           "self.scale * (B @ A).flatten(0, 1)", "(B @ A).flatten(0, 1)", PEFT),
+    # Training, files, results
+    Mutant("resuming forgets the optimizer", "training.py::_resume",
+           "['model'] if finished else parts", "['model']", RESUMED),
+    Mutant("a changed setting finds the old run", "training.py::run_file",
+           "json.dumps(settings, sort_keys=True)", "json.dumps(sorted(settings))",
+           f"{TRAINING}::test_another_setting_is_another_file"),
+    Mutant("a loss of NaN goes on", "training.py::_train_epoch",
+           "not math.isfinite(value)", "False",
+           f"{TRAINING}::test_a_loss_that_is_not_finite_stops_before_the_step"),
+    Mutant("a score of NaN is the best for good", "training.py::fit",
+           "(best['value'] if best else -math.inf) < row[keep_best] < math.inf",
+           "best is None or best['value'] < row[keep_best]",
+           f"{TRAINING}::test_a_score_that_is_not_finite_is_no_best"),
+    Mutant("digest of weights not checked", "weights.py::load_weights",
+           "found != listed", "False", "test_weights.py::test_a_damaged_file_is_named"),
+    Mutant("files with another MD5 are taken", "datasets/sources.py::verify_md5",
+           "not check_md5(folder / name, md5)", "False",
+           "datasets/test_sources.py::test_damaged_local_file_is_never_used_offline"),
+    Mutant("a stand-in where real data are required", "datasets/sources.py::obtain",
+           "flag('PDL_REQUIRE_REAL')", "False", "datasets/test_sources.py::test_require_real_says_what_to_do"),
+    Mutant("figures do not name a stand-in", "datasets/sources.py::Provenance",
+           "'' if self.real else f' · stand-in for {self.name}'", "''",
+           "test_notebook.py::test_a_stand_in_is_named_wherever_its_tag_goes"),
+    Mutant("standard deviation of the population", "notebook.py::Run",
+           "len(numbers) - 1", "len(numbers)", RECORDED),
+    Mutant("the fast profile writes results", "notebook.py::record",
+           "self.profile.name == 'full'", "True", RECORDED),
 ]
+# fmt: on
 
 
 class Stale(Exception):
     """The check no longer fits the code or the tests."""
 
 
-class Verdict(NamedTuple):
-    """`failed`: the first test that did, or None; `ran`: how many were tried."""
+class Replace(ast.NodeTransformer):
+    """Replaces what equals `old`, an expression or a statement, and counts how often it was there."""
 
-    failed: str | None
-    ran: int
-    seconds: float
-    output: str
+    def __init__(self, old: ast.stmt, new: ast.stmt) -> None:
+        whole = isinstance(old, ast.Expr) and isinstance(new, ast.Expr)
+        self.old, self.new = (old.value, new.value) if whole else (old, new)
+        self.count = 0
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if ast.dump(node) == ast.dump(self.old):
+            self.count += 1
+            return self.new
+        return self.generic_visit(node)
+
+
+def mutate(mutant: Mutant, package: Path) -> tuple[Path, str]:
+    """The mutant's file, and its text with the mistake."""
+    name, _, function = mutant.where.partition("::")
+    tree = ast.parse((package / name).read_text(encoding="utf-8"))
+    places = [node for node in ast.walk(tree) if getattr(node, "name", None) == function and hasattr(node, "body")]
+    replacing = Replace(ast.parse(mutant.old).body[0], ast.parse(mutant.new).body[0])
+    for place in places:
+        replacing.visit(place)
+    if replacing.count != 1:
+        raise Stale(f"{mutant.name}: its code stands {replacing.count} times in {mutant.where}, not once")
+    return package / name, ast.unparse(ast.fix_missing_locations(tree))
 
 
 class Watch:
-    """A plugin that remembers the first failure."""
+    """A pytest plugin: runs the tests whose names begin with one of `wanted`, and remembers the first failure."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: list[str]) -> None:
+        self.wanted, self.ran = wanted, 0
         self.failed: str | None = None
-        self.ran = 0
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if item.nodeid.removeprefix("tests/").startswith(tuple(self.wanted))]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.ran += report.when == "call"
@@ -477,32 +222,14 @@ class Watch:
             self.failed = report.nodeid.removeprefix("tests/")
 
 
-def mutate(mutant: Mutant, package: Path) -> str:
-    """The mutant's file, with its text replaced."""
-    text = (package / mutant.file).read_text(encoding="utf-8")
-    if (count := text.count(mutant.old)) != 1:
-        raise Stale(f"{mutant.name}: its text occurs {count} times in {mutant.file}, not once:\n{mutant.old}")
-    return text.replace(mutant.old, mutant.new)
-
-
-def snapshot(folder: Path) -> Path:
-    """What is tested, as it is now: the checkout may change while this runs."""
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def run_tests(original: Path, tests: list[str], mutant: Mutant | None = None) -> Verdict:
-    """Run tests in a fresh copy of `original`, mutated or not, in a process of its own."""
+def run_tests(original: Path, tests: list[str], mutant: Mutant | None = None) -> tuple[str, str]:
+    """Run tests in a fresh copy of `original`, mutated or not, in a process of its own: the test that failed
+    first, or "", and pytest's output."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(shutil.copytree(original, folder, dirs_exist_ok=True)).resolve()
         if mutant:
-            file = copy / "pdl_utils" / mutant.file
-            file.write_text(mutate(mutant, copy / "pdl_utils"), encoding="utf-8")
-        started = time.perf_counter()
+            file, text = mutate(mutant, copy / "pdl_utils")
+            file.write_text(text, encoding="utf-8")
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
@@ -512,11 +239,11 @@ def run_tests(original: Path, tests: list[str], mutant: Mutant | None = None) ->
                 print(repr(error), file=sys.stderr, flush=True)
                 os._exit(99)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        seconds, output = time.perf_counter() - started, (copy / "output").read_text(errors="replace")
+        output = (copy / "output").read_text(errors="replace")
         # 0: all passed, 1: some failed. A mutant that cannot be imported (2) proves nothing about the tests.
         if status not in (0, 1):
             raise Stale(f"{mutant.name if mutant else 'unchanged'}: pytest exits with {status}\n{output}")
-        return Verdict(**json.loads((copy / "verdict.json").read_text()), seconds=seconds, output=output)
+        return (copy / "failed").read_text(), output
 
 
 def in_copy(copy: Path, tests: list[str]) -> int:
@@ -539,39 +266,36 @@ def in_copy(copy: Path, tests: list[str]) -> int:
     if not Path(pdl_utils.__file__).is_relative_to(copy):
         raise Stale(f"{pdl_utils.__file__} would be tested, not the copy")
     torch.set_num_threads(1)
-    watch = Watch()
-    plain = ["-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--timeout=120", "--tb=short"]
-    status = pytest.main(
-        [*plain, "--basetemp", str(copy / "tmp"), *(f"tests/{name}" for name in tests)], plugins=[watch]
-    )
-    (copy / "verdict.json").write_text(json.dumps({"failed": watch.failed, "ran": watch.ran}))
+    watch = Watch(tests)
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--timeout=120", "--tb=short"]
+    files = {f"tests/{test.partition('::')[0]}" for test in tests}
+    status = pytest.main([*options, "--basetemp", str(copy / "tmp"), *sorted(files)], plugins=[watch])
+    (copy / "failed").write_text(watch.failed or "")
     sys.stdout.flush()
     sys.stderr.flush()
-    return int(status)
+    return int(status) if watch.ran else 5  # pytest's "no tests"
 
 
 def check(chosen: list[Mutant], original: Path) -> list[str]:
     """Try the mutants, print what became of each, and return the names of those that survived."""
     for mutant in chosen:
-        mutate(mutant, original / "pdl_utils")  # all texts are looked for before any test runs
-    verdict = run_tests(original, list(dict.fromkeys(test for m in chosen for test in m.tests)))
-    if verdict.failed:
-        raise Stale(f"unchanged, {verdict.failed} fails\n{verdict.output}")
-    print(f"unchanged, all {verdict.ran} tests pass ({verdict.seconds:.0f} s)\n", flush=True)
-    print("| mutant | file | | by | s |\n|---|---|---|---|---|")
+        mutate(mutant, original / "pdl_utils")  # all code is looked for before any test runs
+    for test in dict.fromkeys(mutant.test for mutant in chosen):
+        failed, output = run_tests(original, [test])
+        if failed:
+            raise Stale(f"unchanged, {failed} fails\n{output}")
+    print("unchanged, all tests pass\n\n| mutant | in | | by |\n|---|---|---|---|", flush=True)
     survived = []
     for mutant in chosen:
-        verdict = run_tests(original, mutant.tests, mutant)
-        if not verdict.failed:
+        failed, _ = run_tests(original, [mutant.test], mutant)
+        if not failed:
             survived.append(mutant.name)
-        caught = "caught" if verdict.failed else "SURVIVED"
-        by = f"`{verdict.failed}`" if verdict.failed else f"{verdict.ran} tests passed"
-        print(f"| {mutant.name} | {mutant.file} | {caught} | {by} | {verdict.seconds:.1f} |", flush=True)
+        print(f"| {mutant.name} | {mutant.where} | {'caught' if failed else 'SURVIVED'} | {failed} |", flush=True)
     return survived
 
 
 def main(words: list[str]) -> int:
-    chosen = [m for m in MUTANTS if not words or any(w.lower() in f"{m.name} {m.file}".lower() for w in words)]
+    chosen = [m for m in MUTANTS if not words or any(w.lower() in f"{m.name} {m.where}".lower() for w in words)]
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -580,7 +304,11 @@ def main(words: list[str]) -> int:
                 importlib.import_module(module)
     try:
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-            survived = check(chosen, snapshot(Path(folder)))
+            original = Path(folder)  # what is tested, as it is now: the checkout may change while this runs
+            for name in COPIED:
+                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+                copy(ROOT / name, original / name)
+            survived = check(chosen, original)
     except Stale as error:
         print(f"stale: {error}", file=sys.stderr)
         return 2
