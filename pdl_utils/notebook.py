@@ -61,6 +61,7 @@ class Run:
     def __init__(self, notebook: str, profile: Profile) -> None:
         self.notebook, self.profile, self.device = notebook, profile, pick_device()
         self.started = time.perf_counter()
+        self.entries: dict[str, dict[str, Any]] = {}  # what `record` gave, by name
         seed_everything(0)
         use_style()
         faster = bfloat16_is_faster(self.device)
@@ -139,9 +140,26 @@ class Run:
             "run": f"{self.profile.name}, {device_name(self.device)}, torch {torch.__version__}, "
                    f"{datetime.date.today()}",
         }  # fmt: skip
+        self.entries[name] = entry
         if self.profile.name == "full":
             enter_result(self.notebook, name, entry)
         return entry
+
+    def results(self) -> Markdown:
+        """All that was recorded in this run, beside what `figures/published.json` says of others."""
+        published = json.loads((REPOSITORY / "figures" / "published.json").read_text(encoding="utf-8"))
+        others = {
+            (row, p["column"]): p["figure"]
+            for p in published
+            if p["notebook"] == self.notebook
+            for row in p["rows"]
+        }
+        rows = []
+        for name, entry in self.entries.items():
+            spread = f" ± {entry['std']:.3f} (n = {entry['n']})" if entry["n"] > 1 else ""
+            theirs = [others.get((name, column), "–") for column in ("paper", "public")]
+            rows.append([name, f"{entry['mean']:.3f}{spread}", *theirs, entry["unit"]])
+        return table(["result", "this run", "paper", "best public", "unit"], rows)
 
 
 def enter_result(notebook: str, name: str, entry: dict[str, Any]) -> None:

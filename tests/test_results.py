@@ -6,7 +6,9 @@ import re
 import nbformat
 import pytest
 
-from pdl_utils.settings import REPOSITORY
+from pdl_utils.datasets.sources import Provenance
+from pdl_utils.notebook import Run
+from pdl_utils.settings import REPOSITORY, Profile
 from scripts.make_docs import CHOSEN, load, readme_table, results_page, with_table
 
 RESULTS, PUBLISHED = load("results.json"), load("published.json")
@@ -29,6 +31,18 @@ def test_a_result_is_the_number_that_its_notebook_shows(notebook):
         assert entry["run"].startswith("full"), name
         rows = [line for line in shown if line.startswith(f"| {name} |")]
         assert any(f"{entry['mean']:.3f}" in row for row in rows), (name, entry["mean"], rows)
+
+
+def test_a_notebook_shows_all_that_it_recorded_beside_what_others_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("PDL_FIGURES", str(tmp_path))
+    run, theirs = Run("2_graph_attention", Profile("fast", "a test")), PUBLISHED[-1]
+    run.notebook = theirs["notebook"]
+    run.record(theirs["rows"][0], [0.5, 0.75], "share", Provenance("PPI", "official files"))
+    run.record("something new", 0.25, "share", Provenance("PPI", "official files"))
+    first, second = run.results().data.splitlines()[2:]
+    assert first.startswith(f"| {theirs['rows'][0]} | 0.625 ± 0.177 (n = 2) |")
+    assert f" {theirs['figure']} |" in first
+    assert second == "| something new | 0.250 | – | – | share |"
 
 
 def test_a_published_figure_says_what_it_is_and_where_it_stands():
