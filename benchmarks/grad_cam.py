@@ -72,7 +72,7 @@ def main() -> None:
     seed_everything(0)
     model = resnet34().to(device).eval()
     images = torch.randn(BATCH, 3, 224, 224, device=device)
-    seconds = measure(contestants(model, images), args.rounds, budget=150)
+    seconds = measure(contestants(model, images), args.rounds, budget=120)
     pairs: dict[str, tuple[list[float], list[float]]] = {}
     for task in TASKS:
         ours = seconds[f"{task}: ours"]

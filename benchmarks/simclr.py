@@ -77,7 +77,7 @@ def time_data(images: Tensor, loaders: dict[str, DataLoader], rounds: int) -> di
 
     ours = {"ours": lambda: [normalize(torch.cat(views)) for views in our_batches(images)]}
     theirs = {name: lambda loader=loader: list(loader) for name, loader in loaders.items()}
-    return measure(ours | theirs | {"copies": two_copies}, rounds, budget=45)
+    return measure(ours | theirs | {"copies": two_copies}, rounds, budget=30)
 
 
 def time_loss(device: torch.device, rounds: int) -> dict[str, list[float]]:
@@ -115,7 +115,7 @@ def time_steps(images: Tensor, loader: DataLoader, rounds: int) -> dict[str, lis
         "theirs": lambda: train(loader, theirs, peer_objective),
         "network": lambda: train(ready, ours, lambda *views: embed(*views).square().mean()),
     }
-    return measure(calls, rounds, budget=100)
+    return measure(calls, rounds, budget=90)
 
 
 def main() -> None:
