@@ -128,9 +128,11 @@ def seed_points(
     xlabel: str,
     title: str,
     references: Mapping[str, float] | None = None,
+    papers: Mapping[str, float] | None = None,
 ) -> None:
     """One row a name, first on top: a small mark for every seed, a large one for their mean, and a line of one
-    sample standard deviation to both sides; `references` are vertical lines with a name."""
+    sample standard deviation to both sides; `references` are vertical lines with a name, `papers` what a paper
+    reports for a row."""
     for row, (name, seeds) in enumerate(values.items()):
         mean = float(np.mean(seeds))
         color, text = COLORS[0], f"{mean:.3f}"
@@ -141,14 +143,18 @@ def seed_points(
             text += f" ± {spread:.3f}"
         axis.scatter(mean, row, s=42, color=color, zorder=4, label=name)
         axis.annotate(text, (mean, row), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="center")
-    lines = [
+    marks = [
         axis.axvline(value, color="black", linestyle=STYLES[1 + index % 3], linewidth=1, label=name)
         for index, (name, value) in enumerate((references or {}).items())
     ]
+    if papers:
+        rows = [list(values).index(name) for name in papers]
+        look = {"marker": "D", "s": 34, "facecolors": "none", "edgecolors": COLORS[5], "label": "as papers report"}
+        marks.append(axis.scatter(list(papers.values()), rows, **look))
     axis.set_yticks(range(len(values)), list(values))
     axis.set(xlabel=xlabel, title=title, ylim=(len(values) - 0.4, -0.7))
-    if lines:
-        axis.legend(handles=lines, loc="lower left", bbox_to_anchor=(0, 1.06), borderaxespad=0, fontsize=7.5)
+    if marks:
+        axis.legend(handles=marks, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=7.5, ncols=2)
 
 
 def head_points(

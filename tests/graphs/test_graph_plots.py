@@ -88,12 +88,14 @@ def test_overview_counts_every_graph_and_node():
 
 def test_seed_points_show_mean_and_sample_deviation(axis):
     seeds = [0.90, 0.94, 0.98]
-    plots.seed_points(axis, {"GAT": seeds, "alone": [0.5]}, xlabel="F1", title="", references={"guess": 0.4})
+    values = {"GAT": seeds, "alone": [0.5]}
+    plots.seed_points(axis, values, xlabel="F1", title="", references={"guess": 0.4}, papers={"alone": 0.6})
     assert texts(axis) == "0.940 ± 0.040\n0.500"
     spread = next(line for line in axis.lines if list(line.get_ydata()) == [0, 0])
     np.testing.assert_allclose(spread.get_xdata(), [0.90, 0.98])  # ddof=1: sqrt((0.04² + 0.04²) / 2)
     assert [text.get_text() for text in axis.get_yticklabels()] == ["GAT", "alone"]
-    assert axis.get_legend().get_texts()[0].get_text() == "guess"
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["guess", "as papers report"]
+    assert axis.collections[-1].get_offsets().tolist() == [[0.6, 1]]
 
 
 def test_head_points_stand_above_their_layer(axis):
