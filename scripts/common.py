@@ -87,7 +87,7 @@ def parser_of(description: str, **defaults: object) -> argparse.ArgumentParser:
     """The options that both programs have, with a program's own `defaults`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="folder for the resumable state, outside the repository")
+    add("--state", type=Path, required=True, help="folder for the resumable state, outside the repository")
     add("--export", type=Path, help="folder to write the finished weights to")
     add("--start-from", type=Path, help="weights to start from: a run's last.pt, or a file that ships")
     add("--schedule", type=schedule, help="side of the images in pixels x epochs, …")
@@ -118,7 +118,7 @@ def facts_of_history(history: History) -> dict[str, Any]:
 def facts_of_run(args: argparse.Namespace, history: History, device: torch.device) -> dict[str, Any]:
     """What every file that ships says of its training. After a second cycle (`--start-from`), epochs, minutes
     and curves are those of both, and `started_from` is the recipe of the first, or the name of its file."""
-    hidden = ("run", "data", "export", "start_from", "stop_after")  # say where, not how
+    hidden = ("state", "data", "export", "start_from", "stop_after")  # say where, not how
     recipe: dict[str, Any] = {key: value for key, value in vars(args).items() if key not in hidden}
     facts = facts_of_history(history)
     if args.start_from:

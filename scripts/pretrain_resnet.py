@@ -1,7 +1,7 @@
 """Train this project's own ResNet-18 and ResNet-34 on Tiny ImageNet.
 
-    python -m scripts.pretrain_resnet --arch resnet18 --run runs/resnet18 --export data/checkpoints
-    python -m scripts.pretrain_resnet --arch resnet34 --run runs/resnet34 --export data/checkpoints \\
+    python -m scripts.pretrain_resnet --arch resnet18 --state runs/resnet18 --export data/checkpoints
+    python -m scripts.pretrain_resnet --arch resnet34 --state runs/resnet34 --export data/checkpoints \\
         --start-from data/checkpoints/resnet18_tiny_imagenet.safetensors --schedule 96x1,128x2 --lr 0.05
 
 Killed at any moment, the same command goes on from the last whole epoch to the same result. Started by
@@ -86,7 +86,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: T
         scheduler=scheduler,
         evaluate=lambda net: {"val_top1": top1(net, some, their_labels, args.resolution)},
         autocast=bfloat16_is_faster(device),
-        checkpoint=args.run / "last.pt",
+        checkpoint=args.state / "last.pt",
         save=rank_and_world()[0] == 0,
         examples=len(batches) * args.batch_size,
         label=args.arch,

@@ -1,6 +1,6 @@
 """Train this project's own SimCLR encoder on CIFAR-10's training images, without their labels.
 
-    python -m scripts.pretrain_simclr --run runs/simclr --export data/checkpoints
+    python -m scripts.pretrain_simclr --state runs/simclr --export data/checkpoints
 
 Killed at any moment, the same command goes on from the last whole epoch to the same result. Started by
 `torchrun --nproc-per-node N -m scripts.pretrain_simclr …`, every process takes its share of each batch,
@@ -79,7 +79,7 @@ def train(args: argparse.Namespace, model: SimCLR, data: LabelledImages) -> Hist
         part=rank_and_world(),
         stop_after=args.stop_after,
         evaluate=knn_monitor(data.train_images, data.train_labels, BANK, QUERIES),
-        checkpoint=args.run / "last.pt",
+        checkpoint=args.state / "last.pt",
         save=first,
         progress=None if first else False,
     )

@@ -12,18 +12,21 @@ from pdl_utils.training import History, fit, warmup_cosine
 Split = tuple[Tensor, Tensor]  # float32 (N, 784), standardised, and int64 (N,) in 0..4
 
 
-def five_digits(data: LabelledImages, first: int, most: int, device: torch.device) -> tuple[Split, Split, Split]:
+def five_digits(
+    data: LabelledImages, first: int, most: int, tests: int, device: torch.device
+) -> tuple[Split, Split, Split]:
     """The digits `first` to `first` + 4 for training, validation and testing. The last tenth of the training
-    images is held out for validation; of the others at most `most` are trained on."""
+    images is held out for validation; of the others at most `most` are trained on, and at most `tests` of the
+    test images are used."""
     splits = []
     for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
         mine = (labels >= first) & (labels < first + 5)
         pixels = (images[mine].flatten(1) / 255 - 0.1307) / 0.3081  # MNIST's mean and deviation
         splits.append((pixels.to(device), labels[mine].to(device) - first))
-    (x, y), test = splits
+    (x, y), (test_x, test_y) = splits
     held_out = len(x) // 10
     some = min(most, len(x) - held_out)
-    return (x[:some], y[:some]), (x[-held_out:], y[-held_out:]), test
+    return (x[:some], y[:some]), (x[-held_out:], y[-held_out:]), (test_x[:tests], test_y[:tests])
 
 
 def mlp(seed: int = 0) -> nn.Sequential:

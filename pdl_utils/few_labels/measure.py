@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdl_utils.few_labels.transfer import Recipe
+from pdl_utils.few_labels.transfer import Recipe, linear_probe
 from pdl_utils.images import outputs
 from pdl_utils.settings import save_atomically
 from pdl_utils.training import NonFiniteLoss, run_file
@@ -82,3 +82,25 @@ def recipe_scores(
         except NonFiniteLoss:
             scores.append(0.0)
     return scores
+
+
+def probe_scores(
+    penalties: Sequence[float], sets: Sequence[LabelledSet], judge: LabelledSet, classes: int
+) -> list[float]:
+    """The mean accuracy on `judge` that a linear probe reaches with each penalty, fitted on each of `sets`; here
+    a set is (features, labels)."""
+    scores = []
+    for C in penalties:
+        probes = [linear_probe(features, labels, classes, C) for features, labels in sets]
+        right = [(probe(judge[0]).argmax(1) == judge[1].to(judge[0].device)).float().mean() for probe in probes]
+        scores.append(float(torch.stack(right).mean()))
+    return scores
+
+
+def probe_outcome(labelled: LabelledSet, test: LabelledSet, classes: int, C: float) -> Outcome:
+    """What a linear probe reaches, fitted on (features, labels) and measured on others. Nothing in it is random:
+    one run."""
+    started = time.perf_counter()
+    probe = linear_probe(*labelled, classes, C)
+    seconds = time.perf_counter() - started
+    return Outcome(probe(test[0]).softmax(1)[None].cpu(), test[1], seconds)

@@ -205,8 +205,8 @@ def test_five_digits_split_without_overlap_and_an_mlp_learns_them():
     images = torch.randint(0, 60, (400, 1, 28, 28), dtype=torch.uint8, generator=generator)
     images[torch.arange(400), 0, labels] += 150
     digits = LabelledImages(images, labels, images, labels, "0123456789", Provenance("MNIST", "test"))
-    train, val, test = five_digits(digits, 5, 100, torch.device("cpu"))
-    assert [len(y) for _, y in (train, val, test)] == [100, 20, 200]
+    train, val, test = five_digits(digits, 5, 100, 150, torch.device("cpu"))
+    assert [len(y) for _, y in (train, val, test)] == [100, 20, 150]
     assert sorted(test[1].unique().tolist()) == [0, 1, 2, 3, 4]
     assert not (train[0][:, None] == val[0][None]).all(2).any()
     net = mlp()

@@ -62,7 +62,7 @@ def small(monkeypatch):
 
 def train_resnet(data_root, run, *more):
     pretrain_resnet.main([
-        "--arch", "resnet18", "--data", str(data_root), "--run", str(run), "--batch-size", "8",
+        "--arch", "resnet18", "--data", str(data_root), "--state", str(run), "--batch-size", "8",
         "--resolution", "32", "--lr", "0.05", *more,
     ])  # fmt: skip
 
@@ -82,7 +82,7 @@ def test_a_resnet_learns_ships_and_goes_on(data_root, tmp_path, monkeypatch):
     assert facts["recipe"]["schedule"] == [32, 32, 32, 48]
     assert facts["top1"]["32"] > 0.9
     assert "16 training images a class" in facts["data"]
-    more = ["--schedule", "32x1", "--start-from", str(shipped), "--run", "unused"]
+    more = ["--schedule", "32x1", "--start-from", str(shipped), "--state", "unused"]
     x = torch.randn(2, 3, 32, 32)
     for arch in ("resnet18", "resnet34"):  # goes on as it is, or grows
         model = pretrain_resnet.build(pretrain_resnet.parse(["--arch", arch, *more]), 2).eval()
@@ -142,7 +142,7 @@ def test_simclr_ships_an_encoder_and_a_second_cycle_adds_its_facts(tmp_path, mon
     monkeypatch.setattr(pretrain_simclr, "BANK", 30)
     monkeypatch.setattr(simclr, "CHECKPOINTS", tmp_path)
     small = ["--width", "16", "--batch-size", "16", "--export", str(tmp_path)]
-    pretrain_simclr.main(["--run", str(tmp_path / "run"), "--schedule", "24x1,32x1", *small])
+    pretrain_simclr.main(["--state", str(tmp_path / "run"), "--schedule", "24x1,32x1", *small])
     encoder, provenance, facts = simclr.pretrained_encoder()
     assert facts["width"] == 16
     assert len(facts["knn"]) == 2
@@ -156,9 +156,11 @@ def test_simclr_ships_an_encoder_and_a_second_cycle_adds_its_facts(tmp_path, mon
     for start in (tmp_path / simclr.FILE, tmp_path / "run" / "last.pt"):
         run = tmp_path / f"from_{start.suffix}"
         still = ["--schedule", "24x1", "--lr", "0", "--seed", "1"]
-        pretrain_simclr.main(["--run", str(run), "--start-from", str(start), *still, *small])
+        pretrain_simclr.main(["--state", str(run), "--start-from", str(start), *still, *small])
         ended = last(run)["model"]
-        torch.testing.assert_close(ended["encoder.conv1.weight"], encoder.conv1.weight.detach())
+        torch.testing.assert_close(
+            ended["encoder.conv1.weight"], trained["encoder.conv1.weight"], rtol=1e-3, atol=1e-3
+        )
         same[start.suffix] = torch.equal(ended["projector.0.weight"], trained["projector.0.weight"])
         _, _, facts = simclr.pretrained_encoder()
         assert facts["epochs"] == len(facts["knn"]) == len(facts["loss"]) == 3
@@ -210,7 +212,7 @@ def test_two_processes_have_the_loss_the_gradients_and_the_weights_of_one(tmp_pa
 
 def test_two_processes_train_and_one_of_them_saves(tmp_path):
     command = "-m torch.distributed.run --nproc-per-node=2 --standalone -m scripts.pretrain_simclr --width 16"
-    options = ["--run", tmp_path, "--schedule", "16x1", "--batch-size", "1000", "--stem-stride", "2"]
+    options = ["--state", tmp_path, "--schedule", "16x1", "--batch-size", "1000", "--stem-stride", "2"]
     subprocess.run(
         [sys.executable, *command.split(), *options], check=True, capture_output=True, timeout=200,
         cwd=REPOSITORY, env=environment(PDL_DATA=str(tmp_path / "none")),
