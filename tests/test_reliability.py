@@ -27,6 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pdl_utils import resnet
-from pdl_utils.datasets import NoRealData
+from pdl_utils.datasets import NoRealData, ppi
+from pdl_utils.datasets.synthetic_graphs import Recipe
 from pdl_utils.grad_cam.hooks import evaluating, record_activations
 from pdl_utils.grad_cam.metrics import insertion_deletion, receptive_fields
 from pdl_utils.notebook import Run
@@ -341,6 +343,16 @@ def test_a_pickle_as_a_batch_of_cifar10_is_not_run(bomb, make_official, capsys):
     file = official.write() / official.damaged
     file.write_bytes(pickle.dumps(bomb))
     assert official.load().provenance.real
+    assert f"{file} is truncated or corrupt" in capsys.readouterr().out
+
+
+@pytest.mark.fault("pickle that runs code")
+def test_a_pickle_as_an_array_of_ppi_is_not_run(bomb, fresh_data, monkeypatch, capsys):
+    file = data_root() / "ppi" / "raw" / "train_graph_id.npy"
+    file.parent.mkdir(parents=True)
+    np.save(file, np.array([bomb], dtype=object), allow_pickle=True)
+    monkeypatch.setenv("PDL_OFFLINE", "1")
+    assert not ppi(Recipe((60,), (60,), (60,), modules=4, complex_size=10, degree=8)).provenance.real
     assert f"{file} is truncated or corrupt" in capsys.readouterr().out
 
 
