@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -72,8 +73,10 @@ def draw_neighbourhood(
     ring = sorted(edge, key=lambda node: -float(likeness[edge[node]]))
     angle = np.linspace(0, 2 * np.pi, len(ring), endpoint=False)
     place = dict(zip(ring, np.stack([np.cos(angle), np.sin(angle)], axis=1), strict=True))
-    for a, b in {tuple(sorted(pair)) for pair in graph.edge_index.t().tolist()}:
-        if a in place and b in place and a != b:
+    around = torch.tensor(ring, device=graph.source.device)
+    among = torch.isin(graph.source, around) & torch.isin(graph.target, around)
+    for a, b in {tuple(sorted(pair)) for pair in graph.edge_index[:, among].t().tolist()}:
+        if a != b:
             axis.plot(*np.stack([place[a], place[b]]).T, color="0.88", linewidth=0.7, zorder=1)
     thickest = 1.0 if weight is None else max((float(weight[e]) for e in edge.values()), default=1.0)
     for node, spot in place.items():
