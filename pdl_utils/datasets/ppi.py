@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch_geometric.data import Data
-from torch_geometric.datasets import PPI
 from torchvision.datasets.utils import download_and_extract_archive
 
 from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain, with_notice
-from pdl_utils.datasets.synthetic_graphs import FEATURES, LABELS, PPI_SIZED, Recipe, ppi_stand_in
+from pdl_utils.datasets.synthetic_graphs import FEATURES, LABELS, PPI_SIZED, Recipe, Tissue, ppi_stand_in
 
+URL = "https://data.dgl.ai/dataset/ppi.zip"  # which torch_geometric.datasets.PPI downloads too
 PARTS = {"train": "train", "val": "valid", "test": "test"}  # split → what its raw files begin with
 
 
@@ -22,13 +21,12 @@ PARTS = {"train": "train", "val": "valid", "test": "test"}  # split → what its
 class TissueGraphs:
     """Graphs for inductive multi-label classification: no test node is seen in training.
 
-    Each graph has x (N, 50), float32; y (N, 121), float32 of 0 and 1; and edge_index (2, E). A stand-in's
-    graphs also have `functional` (E,), the true kind of every edge, and `complex` (N,).
+    Each graph has 50 features and 121 labels a node. In a stand-in's graphs the kind of every edge is known.
     """
 
-    train: list[Data]
-    val: list[Data]
-    test: list[Data]
+    train: list[Tissue]
+    val: list[Tissue]
+    test: list[Tissue]
     provenance: Provenance
 
 
@@ -42,7 +40,7 @@ def ppi(stand_in: Recipe = PPI_SIZED) -> TissueGraphs:
     """
     return obtain(
         "PPI", "ppi",
-        read=_read, download=_download, url=PPI.url, stand_in=lambda: _stand_in(stand_in),
+        read=_read, download=_download, url=URL, stand_in=lambda: _stand_in(stand_in),
     )  # fmt: skip
 
 
@@ -57,7 +55,7 @@ def _stand_in(recipe: Recipe) -> TissueGraphs:
 
 def _download(root: Path) -> None:
     """As torch_geometric does, without the copy that it would make of the files."""
-    download_and_extract_archive(PPI.url, root, root / "ppi" / "raw", remove_finished=True)
+    download_and_extract_archive(URL, root, root / "ppi" / "raw", remove_finished=True)
 
 
 def _read(folder: Path) -> TissueGraphs:
@@ -66,7 +64,7 @@ def _read(folder: Path) -> TissueGraphs:
     return TissueGraphs(**graphs, provenance=with_notice("PPI", "official files", raw))
 
 
-def _graphs(raw: Path, part: str) -> list[Data]:
+def _graphs(raw: Path, part: str) -> list[Tissue]:
     """The graphs of one split. Edges are given in both directions, once each, without self-loops."""
     ids = _array(raw / f"{part}_graph_id.npy", ())
     x = torch.from_numpy(_array(raw / f"{part}_feats.npy", (len(ids), FEATURES))).float()
@@ -81,7 +79,7 @@ def _graphs(raw: Path, part: str) -> list[Data]:
         nodes = np.flatnonzero(ids == graph)
         edges = np.stack([source, target])[:, ids[source] == graph]
         edge_index = torch.from_numpy(np.searchsorted(nodes, edges))  # numbered from 0 in every graph
-        graphs.append(Data(x=x[nodes], y=y[nodes], edge_index=edge_index))
+        graphs.append(Tissue(x=x[nodes], y=y[nodes], edge_index=edge_index))
     return graphs
 
 

@@ -18,7 +18,7 @@ from itertools import chain
 
 import numpy as np
 import torch
-from torch_geometric.data import Data
+from torch import Tensor
 
 FEATURES, LABELS = 50, 121
 COMPARTMENTS = 2  # the first features, one-hot; the others are motifs
@@ -27,6 +27,26 @@ ANNOTATED = 0.57  # share of nodes that carry motifs
 FUNCTIONAL = 0.5  # share of functional edges, before those that repeat one another are merged
 LABEL_DENSITY, LABEL_CONCENTRATION = 0.3, 3.0
 DEGREE_SPREAD = 0.9  # of the logarithm of a node's propensity to have edges: a heavy tail
+
+
+@dataclass
+class Tissue:
+    """A graph of proteins. x: float32 (N, features); y: float32 (N, labels) of 0 and 1; edge_index: int64 (2, E).
+    Of a synthetic graph also functional: bool (E,), the true kind of every edge; complex: int64 (N,), ids."""
+
+    x: Tensor
+    y: Tensor
+    edge_index: Tensor
+    functional: Tensor | None = None
+    complex: Tensor | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.x)
+
+    @property
+    def num_edges(self) -> int:
+        return self.edge_index.shape[1]
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,7 @@ PPI_SIZED = Recipe(  # the real graphs' numbers of nodes
 )  # fmt: skip
 
 
-def ppi_stand_in(recipe: Recipe, seed: int = 0) -> dict[str, list[Data]]:
+def ppi_stand_in(recipe: Recipe, seed: int = 0) -> dict[str, list[Tissue]]:
     """Synthetic graphs in the splits "train", "val" and "test", the same for the same seed.
 
     Every graph has x (N, 50), standardised over the training nodes; y (N, 121) of 0 and 1; edge_index (2, E),
@@ -80,7 +100,7 @@ def ppi_stand_in(recipe: Recipe, seed: int = 0) -> dict[str, list[Data]]:
     return splits
 
 
-def _tissue(nodes: int, recipe: Recipe, rates: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> Data:
+def _tissue(nodes: int, recipe: Recipe, rates: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> Tissue:
     count = max(4, 2 * round(nodes / recipe.complex_size / 2))  # of complexes, even: they are paired
     compartment = np.arange(count) % COMPARTMENTS
     module = rng.choice(recipe.modules, count, replace=count > recipe.modules)
@@ -91,7 +111,7 @@ def _tissue(nodes: int, recipe: Recipe, rates: np.ndarray, labels: np.ndarray, r
     features = np.concatenate([np.eye(COMPARTMENTS)[compartment[member]], motifs], axis=1)
     place = rng.permutation(nodes)  # the order of the nodes must not give the complexes away
     order = np.argsort(place)
-    return Data(
+    return Tissue(
         x=torch.from_numpy(features[order]).float(),
         y=torch.from_numpy(labels[module[member]][order]).float(),
         edge_index=torch.from_numpy(place[np.concatenate([pairs, pairs[::-1]], axis=1)]),

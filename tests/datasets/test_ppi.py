@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -70,7 +71,7 @@ def serve(file_server, monkeypatch):
         for name, content in official_files().items():
             archive.writestr(name, content)
     file_server.files["ppi.zip"] = buffer.getvalue()
-    monkeypatch.setattr(PPI, "url", file_server.url + "ppi.zip")
+    monkeypatch.setattr(importlib.import_module("pdl_utils.datasets.ppi"), "URL", file_server.url + "ppi.zip")
     return file_server
 
 
@@ -103,6 +104,7 @@ def test_local_files(serve, capsys):
 
 
 def test_equals_torch_geometric():
+    assert PPI.url == importlib.import_module("pdl_utils.datasets.ppi").URL
     pytest.importorskip("networkx")  # which torch_geometric reads the files with
     write_raw()
     for split, graphs in (("train", ppi().train), ("val", ppi().val), ("test", ppi().test)):
@@ -190,7 +192,7 @@ def test_stand_in_is_the_same_for_the_same_seed():
     first, same, other = (ppi_stand_in(TINY, seed) for seed in (1, 1, 2))
     for split, graphs in first.items():
         for graph, again in zip(graphs, same[split], strict=True):
-            assert all(torch.equal(graph[name], again[name]) for name in graph.keys())  # noqa: SIM118
+            assert all(torch.equal(part, vars(again)[name]) for name, part in vars(graph).items())
     assert not torch.equal(first["train"][0].x, other["train"][0].x)
 
 
@@ -220,7 +222,7 @@ def test_stand_in_has_the_shape_of_ppi():
     edges = sum(graph.num_edges for graph in graphs)
     assert 28 < edges / int(sizes.sum()) < 30
     assert 0.45 < sum(int(graph.functional.sum()) for graph in graphs) / edges < 0.55
-    x, y = (torch.cat([graph[name] for graph in splits["train"]]) for name in ("x", "y"))
+    x, y = (torch.cat([getattr(graph, name) for graph in splits["train"]]) for name in ("x", "y"))
     assert (x.shape[1], y.shape[1]) == (50, 121)
     torch.testing.assert_close(x.mean(0), torch.zeros(50), atol=1e-4, rtol=0)
     torch.testing.assert_close(x.std(0), torch.ones(50), atol=1e-3, rtol=0)
