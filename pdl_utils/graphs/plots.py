@@ -138,14 +138,17 @@ def seed_points(
     reports for a row."""
     for row, (name, seeds) in enumerate(values.items()):
         mean = float(np.mean(seeds))
-        color, text = COLORS[0], f"{mean:.3f}"
+        color, text = COLORS[0], f"{mean:.4f}"
         if len(seeds) > 1:
             spread = float(np.std(seeds, ddof=1))
             axis.plot([mean - spread, mean + spread], [row, row], color="black", linewidth=1.5, zorder=2)
             axis.scatter(seeds, [row + 0.22] * len(seeds), s=12, color=COLORS[1], marker="|", zorder=3)
-            text += f" ± {spread:.3f}"
+            text += f" ± {spread:.4f}"
         axis.scatter(mean, row, s=42, color=color, zorder=4, label=name)
-        axis.annotate(text, (mean, row), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="center")
+        number = axis.annotate(
+            text, (mean, row), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="center"
+        )
+        number.set(bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # over the lines
     marks = [
         axis.axvline(value, color="black", linestyle=STYLES[1 + index % 3], linewidth=1, label=name)
         for index, (name, value) in enumerate((references or {}).items())
@@ -155,6 +158,7 @@ def seed_points(
         look = {"marker": "D", "s": 34, "facecolors": "none", "edgecolors": COLORS[5], "label": "as papers report"}
         marks.append(axis.scatter(list(papers.values()), rows, **look))
     axis.set_yticks(range(len(values)), list(values))
+    axis.margins(x=0.16)  # room for the numbers
     axis.set(xlabel=xlabel, title=title, ylim=(len(values) - 0.4, -0.7))
     if marks:
         axis.legend(handles=marks, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=7.5, ncols=2)

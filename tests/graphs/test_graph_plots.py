@@ -90,7 +90,7 @@ def test_seed_points_show_mean_and_sample_deviation(axis):
     seeds = [0.90, 0.94, 0.98]
     values = {"GAT": seeds, "alone": [0.5]}
     plots.seed_points(axis, values, xlabel="F1", title="", references={"guess": 0.4}, papers={"alone": 0.6})
-    assert texts(axis) == "0.940 ± 0.040\n0.500"
+    assert texts(axis) == "0.9400 ± 0.0400\n0.5000"
     spread = next(line for line in axis.lines if list(line.get_ydata()) == [0, 0])
     np.testing.assert_allclose(spread.get_xdata(), [0.90, 0.98])  # ddof=1: sqrt((0.04² + 0.04²) / 2)
     assert [text.get_text() for text in axis.get_yticklabels()] == ["GAT", "alone"]
