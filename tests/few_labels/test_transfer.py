@@ -20,6 +20,8 @@ from pdl_utils.few_labels import (
     linear_probe,
     measure,
     mlp,
+    probe_outcome,
+    probe_scores,
     recipe_scores,
     share_right,
     train_adam,
@@ -61,6 +63,20 @@ def test_the_probe_is_scikit_learns_logistic_regression(classes):
     )
     unseen = [c for c in range(4) if c not in classes]
     assert (ours[:, unseen] < 1e-6).all()  # no example, no guess
+
+
+def test_scores_and_outcomes_of_probes():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    features = torch.randn(60, 4, generator=generator)
+    features[torch.arange(60), labels] += 6
+    labelled, test = (features[:30], labels[:30]), (features[30:], labels[30:])
+    outcome = probe_outcome(labelled, test, 3, C=1.0)
+    assert outcome.probabilities.shape == (1, 30, 3)
+    assert outcome.accuracy[0] > 0.9
+    shifted = labelled[0], (labelled[1] + 1) % 3  # learns the wrong names
+    assert probe_scores([1.0], [labelled], test, 3) == pytest.approx(outcome.accuracy)
+    assert probe_scores([1.0, 0.1], [shifted], test, 3) == pytest.approx([0, 0], abs=0.1)
 
 
 def test_knn_accuracy():
