@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,13 +48,15 @@ def measure(
     """Train on each of the labelled `sets`, with its position as the seed, and look at the test images.
 
     Args:
-        keep: remember the outcome of each run in a `run_file`, named by these settings (JSON values) and the
-            recipe: what was trained once is not trained again. None: always train.
+        keep: remember the outcome of each run in a `run_file`, named by these settings (JSON values), the recipe
+            and the images: what was trained once is not trained again. None: always train.
     """
     probabilities, seconds = [], []
     for seed, (images, labels) in enumerate(sets):
-        settings = {**(keep or {}), "recipe": asdict(recipe), "seed": seed, "tests": len(test[0])}
-        file = run_file("few labels", **settings) if keep is not None else None
+        file = None
+        if keep is not None:
+            pixels = hashlib.sha256(images.numpy().tobytes() + test[0].numpy().tobytes()).hexdigest()
+            file = run_file("few labels", **keep, recipe=asdict(recipe), seed=seed, images=pixels)
         if file is None or not file.exists():
             started = time.perf_counter()
             model = train(images, labels, recipe, seed)
