@@ -49,7 +49,9 @@ def declared(*extras):
 
 def imported_distributions(paths):
     """Distributions, by the file that imports one of their modules."""
-    owners, found, paths = importlib.metadata.packages_distributions(), {}, list(paths)
+    # The peers of the benchmarks need not be installed here: this one is imported under another name.
+    owners = {"pytorch_grad_cam": ["grad-cam"]} | importlib.metadata.packages_distributions()
+    found, paths = {}, list(paths)
     own = {"pdl_utils", "scripts", "benchmarks", *(path.stem for path in paths)}
     for path in paths:
         for module in imports(code_of(path)):
