@@ -42,8 +42,8 @@ Ours and the others take turns, every other round backwards, and the ratio of ti
 implementation can avoid, not with a peer. Ratios depend on the machine, most of all on its memory; what they were
 measured with stands above each table.
 
-The numbers below are of 2026-11-23, before hooks, graph layers and adapters were written anew; `make bench` measures
-the present code.
+The numbers below are of 2026-11-23, before hooks, graph layers and adapters were written anew; `make bench`
+measures the present code.
 """
 # Two kinds of comparison, apart in color, in shape and in filling.
 PEER = {"label": "against a peer", "color": COLORS[0], "marker": "o", "markerfacecolor": COLORS[0]}
