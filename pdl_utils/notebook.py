@@ -156,10 +156,14 @@ class Run:
         }
         rows = []
         for name, entry in self.entries.items():
-            spread = f" ± {entry['std']:.3f} (n = {entry['n']})" if entry["n"] > 1 else ""
             theirs = [others.get((name, column), "–") for column in ("paper", "public")]
-            rows.append([name, f"{entry['mean']:.3f}{spread}", *theirs, entry["unit"]])
+            rows.append([name, in_words(entry), *theirs, entry["unit"]])
         return table(["result", "this run", "paper", "best public", "unit"], rows)
+
+
+def in_words(entry: dict[str, Any]) -> str:
+    """A recorded result as it is shown: "0.973 ± 0.002 (n = 3)"."""
+    return f"{entry['mean']:.3f}" + (f" ± {entry['std']:.3f} (n = {entry['n']})" if entry["n"] > 1 else "")
 
 
 def enter_result(notebook: str, name: str, entry: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from string import ascii_lowercase
 from typing import Any
 
+from pdl_utils.notebook import in_words
 from pdl_utils.settings import REPOSITORY, save_text
 
 Results = dict[str, dict[str, dict[str, Any]]]
@@ -50,11 +51,6 @@ that we know of nothing close enough to compare with.
 def load(name: str) -> Any:
     """The content of a JSON file in `figures/`."""
     return json.loads((REPOSITORY / "figures" / name).read_text(encoding="utf-8"))
-
-
-def ours(entry: dict[str, Any]) -> str:
-    """A result as it is shown: "0.973 ± 0.002 (n = 3)"."""
-    return f"{entry['mean']:.3f}" + (f" ± {entry['std']:.3f} (n = {entry['n']})" if entry["n"] > 1 else "")
 
 
 def theirs(published: Published, results: Results) -> dict[tuple[str, str, str], dict[str, Any]]:
@@ -101,7 +97,7 @@ def results_page(results: Results, published: Published) -> str:
                 if note not in notes:
                     notes.append(note)
                 cells.append(f"{figure['figure']} <sup>{ascii_lowercase[notes.index(note)]}</sup>")
-            parts.append(f"| {name} | {ours(entries[name])} | {' | '.join(cells)} | {entries[name]['unit']} |")
+            parts.append(f"| {name} | {in_words(entries[name])} | {' | '.join(cells)} | {entries[name]['unit']} |")
         parts.append("")
         parts += [f"- <sup>{letter}</sup> {note}" for letter, note in zip(ascii_lowercase, notes, strict=False)]
         origins = sorted({o for entry in entries.values() for o in entry["provenance"].split("; ") if o})
@@ -122,7 +118,7 @@ def readme_table(results: Results, published: Published, chosen: Sequence[tuple[
         if name not in results.get(notebook, {}):
             raise ValueError(f"README's table: {notebook} has recorded no result {name!r}")
         entry = results[notebook][name]
-        here = ours(entry) + (" (stand-in)" if ": stand-in" in entry["provenance"] else "")
+        here = in_words(entry) + (" (stand-in)" if ": stand-in" in entry["provenance"] else "")
         others = [placed.get((notebook, name, column), {"figure": "–"})["figure"] for column in COLUMNS]
         lines.append(f"| {notebook[0]} · {title} | {here} | {' | '.join(others)} |")
     return "\n".join(lines)

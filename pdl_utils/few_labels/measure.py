@@ -38,6 +38,11 @@ class Outcome:
         return (self.probabilities.argmax(2) == self.labels).float().mean(1).tolist()
 
 
+def digest(images: Tensor) -> str:
+    """SHA-256 of the pixels of uint8 images."""
+    return hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
+
+
 Train = Callable[[Tensor, Tensor, Recipe, int], nn.Module]  # images, labels, recipe, seed → a model
 
 
@@ -52,11 +57,12 @@ def measure(
             and the images: what was trained once is not trained again. None: always train.
     """
     probabilities, seconds = [], []
+    tests = None if keep is None else digest(test[0])
     for seed, (images, labels) in enumerate(sets):
         file = None
         if keep is not None:
-            pixels = hashlib.sha256(images.numpy().tobytes() + test[0].numpy().tobytes()).hexdigest()
-            file = run_file("few labels", **keep, recipe=asdict(recipe), seed=seed, images=pixels)
+            settings = {**keep, "recipe": asdict(recipe), "seed": seed, "images": digest(images), "tests": tests}
+            file = run_file("few labels", **settings)
         if file is None or not file.exists():
             started = time.perf_counter()
             model = train(images, labels, recipe, seed)
