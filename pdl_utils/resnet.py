@@ -13,7 +13,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models import ResNet, get_model, get_model_weights
+from torchvision.models import get_model, get_model_weights
 from torchvision.models.resnet import BasicBlock
 
 from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain, with_notice
@@ -162,28 +162,6 @@ def own_network(arch: str) -> PretrainedNetwork:
     )
     size = facts["photo_size"]
     return PretrainedNetwork(model.eval(), facts["categories"], size, size, origin)
-
-
-@torch.no_grad()
-def grow_depth(small: ResNet, large: ResNet) -> None:
-    """Give `large` the function of `small`, a shallower network of the same widths (Net2DeeperNet,
-    Chen et al. 2015, arXiv:1511.05641).
-
-    Blocks that both have are copied; every further block of `large` becomes the identity, since its
-    last batch norm is scaled to 0 and its input, out of a ReLU, is not negative. Training goes on from
-    there instead of from nothing.
-
-    Raises:
-        ValueError: `small` has a parameter that `large` lacks, or of another shape.
-    """
-    ours, theirs = large.state_dict(), small.state_dict()
-    misfits = [name for name, w in theirs.items() if name not in ours or ours[name].shape != w.shape]
-    if misfits:
-        raise ValueError(f"cannot grow: {misfits[0]} and {len(misfits) - 1} more do not fit the larger network")
-    large.load_state_dict({**ours, **theirs})
-    for name, module in large.named_modules():
-        if isinstance(module, BasicBlock) and f"{name}.bn2.weight" not in theirs:
-            nn.init.zeros_(module.bn2.weight)
 
 
 def cifar_resnet18(num_classes: int = 10, *, width: int = 64, stem_stride: int = 1) -> nn.Sequential:

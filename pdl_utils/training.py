@@ -7,10 +7,10 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,8 @@ from tqdm import tqdm
 from pdl_utils.settings import data_root, progress_wanted, save_atomically
 
 
-class Batches(Protocol):
-    """The batches of one epoch: a list, a DataLoader, or anything with a length that can be iterated."""
-
-    def __iter__(self) -> Iterator[Any]: ...
-    def __len__(self) -> int: ...
-
-
 class NonFiniteLoss(FloatingPointError):
-    """The loss became NaN or infinite; the model is left as it was before that step."""
-
-
-class NonFiniteWeights(FloatingPointError):
-    """Weights became NaN or infinite; the last state that was saved is from before."""
+    """The loss, or a weight, became NaN or infinite. The last state that was saved is from before."""
 
 
 class UnusableState(RuntimeError):
@@ -98,75 +87,57 @@ def run_file(name: str, **settings: Any) -> Path:
 
 
 def _resume(checkpoint: Path, parts: Mapping[str, Any], epochs: int) -> tuple[History, dict[str, Any] | None]:
-    """Put model, optimizer and scheduler back to where `checkpoint` was saved; the history and the best epoch
-    until then."""
+    """Put `parts` (model, optimizer, scheduler) back to where `checkpoint` was saved; a finished training has
+    the model alone. Returns the history and the best epoch until then."""
     with checkpoint.open("rb") as file:  # one that may not be read is not damaged
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # an unpickler raises all kinds of things for half a file
-            problem = f"{checkpoint} is damaged ({type(error).__name__}); delete it to start over"
-            raise UnusableState(problem) from error
-    try:
-        rows, finished = state["history"], "optimizer" not in state
-        if finished and len(rows) != epochs:
-            raise ValueError(f"it holds a training of {len(rows)} epochs that is finished, not of {epochs}")
-        for name in ["model"] if finished else parts:
-            parts[name].load_state_dict(state[name])
-        if finished:
-            return History(rows), None
-        torch.set_rng_state(state["rng"])
-        return History(rows), state["best"]
-    except Exception as error:
-        problem = f"{checkpoint} is not a state of this model, optimizer and scheduler; delete it to start over"
-        raise UnusableState(f"{problem} ({error})") from error
+            rows = state["history"]
+            if "rng" not in state and len(rows) != epochs:
+                raise ValueError(f"it holds a finished training of {len(rows)} epochs, not of {epochs}")
+            for name in parts if "rng" in state else ["model"]:
+                parts[name].load_state_dict(state[name])
+            if "rng" in state:
+                torch.set_rng_state(state["rng"])
+            return History(rows), state.get("best")
+        except Exception as error:  # half a file, or the state of something else: all kinds are raised
+            problem = f"{type(error).__name__}: {error}"
+            raise UnusableState(
+                f"{checkpoint} is damaged or not a state of this training; delete it to start over ({problem})"
+            ) from error
 
 
-def _train_epoch(
+def train_step(
     model: nn.Module,
-    todo: Batches,
+    batch: Any,
     loss_fn: Callable[[nn.Module, Any], Tensor],
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     *,
     clip_norm: float | None,
     autocast: bool,
     where: str,
-    tick: Callable[[float], None],
 ) -> float:
-    """One pass over the batches `todo`; the mean loss. `tick` is told which share of them is done."""
+    """Loss of one batch, and one step down its gradient. `where` goes into the error message."""
     device = next(model.parameters()).device
-    model.train()
-    total = 0.0
-    for count, batch in enumerate(todo, 1):
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss = loss_fn(model, batch)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteLoss(
-                f"{where}, batch {count}: loss is {value}; "
-                "lower the learning rate, clip gradients (clip_norm=1) or check the input for NaN"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-        total += value
-        tick(count / len(todo))
-    # A gradient of NaN shows in the next batch's loss, but for the last batch's: once an epoch is enough.
-    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
-        raise NonFiniteWeights(
-            f"{where}: weights are NaN or infinite, though the losses are not; "
-            "look for a gradient of NaN, as of the root of 0, or lower the learning rate"
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        loss = loss_fn(model, batch)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise NonFiniteLoss(
+            f"{where}: loss is {value}; "
+            "lower the learning rate, clip gradients (clip_norm=1) or check the input for NaN"
         )
-    return total / max(1, len(todo))
+    optimizer.zero_grad()
+    loss.backward()
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    return value
 
 
 def fit(
     model: nn.Module,
-    batches: Callable[[int], Batches],
+    batches: Callable[[int], Collection[Any]],
     loss_fn: Callable[[nn.Module, Any], Tensor],
     optimizer: torch.optim.Optimizer,
     *,
@@ -179,7 +150,6 @@ def fit(
     checkpoint: Path | None = None,
     save: bool = True,
     stop_after: int | None = None,
-    examples: int | None = None,
     label: str = "train",
     progress: bool | None = None,
 ) -> History:
@@ -187,9 +157,9 @@ def fit(
 
     Args:
         model: whatever `loss_fn` understands; it may be wrapped in DistributedDataParallel.
-        batches: gives the batches of an epoch (0-based), with a length, in an order that depends on the
-            epoch alone; that, and the random state in the checkpoint, makes a resumed run equal an
-            unbroken one.
+        batches: gives the batches of an epoch (0-based), a list or anything with a length that can be
+            iterated, in an order that depends on the epoch alone; that, and the random state in the
+            checkpoint, makes a resumed run equal an unbroken one.
         loss_fn: `loss_fn(model, batch)` is a scalar tensor to minimise.
         optimizer, scheduler: the scheduler steps once a batch.
         evaluate: called in eval mode and without gradients after every epoch; its numbers join the history.
@@ -202,13 +172,11 @@ def fit(
             keeps the weights and the history alone: a finished training is read back, not repeated.
         save: write `checkpoint`; of several processes, one does.
         stop_after: return once so many of the `epochs` are done, to go on another time.
-        examples: how many examples an epoch holds, to report them a second; batches otherwise.
         label, progress: what the progress line says, and whether it shows; None: unless `PDL_PROGRESS=0`.
 
     Raises:
-        NonFiniteLoss: at the first batch whose loss is NaN or infinite, before its step is taken.
-        NonFiniteWeights: a step with a finite loss made weights NaN or infinite; at the end of the epoch,
-            before they are evaluated and saved.
+        NonFiniteLoss: at the first batch whose loss is NaN or infinite, before its step is taken; or at the end
+            of an epoch that made weights NaN or infinite, before they are evaluated and saved.
         UnusableState: `checkpoint` is damaged, or the state of another model, optimizer or scheduler.
 
     Returns:
@@ -221,19 +189,28 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         history, best = _resume(checkpoint, parts, epochs)
     done = len(history.rows)
-    unit, each = ("img", examples) if examples else ("epoch", 1)
     progress = progress_wanted() if progress is None else progress
     bar = tqdm(
-        total=each * epochs, initial=each * done, desc=label, unit=unit, disable=not progress, mininterval=1
+        total=epochs, initial=done, desc=label, unit="epoch", unit_scale=True, disable=not progress, mininterval=1
     )
     for epoch in range(done, min(epochs, stop_after or epochs)):
-        started, todo = time.perf_counter(), batches(epoch)
-        loss = _train_epoch(
-            model, todo, loss_fn, optimizer, scheduler, clip_norm=clip_norm, autocast=autocast,
-            where=f"{label}, epoch {epoch + 1}",
-            tick=lambda share, epoch=epoch: bar.update(int(each * (epoch + share)) - bar.n),
-        )  # fmt: skip
-        row = {"epoch": epoch + 1, "loss": loss, "seconds": time.perf_counter() - started}
+        started, todo, total = time.perf_counter(), batches(epoch), 0.0
+        model.train()
+        for count, batch in enumerate(todo, 1):
+            where = f"{label}, epoch {epoch + 1}, batch {count}"
+            total += train_step(
+                model, batch, loss_fn, optimizer, clip_norm=clip_norm, autocast=autocast, where=where
+            )
+            if scheduler is not None:
+                scheduler.step()
+            bar.update(1 / len(todo))
+        # A gradient of NaN shows in the next batch's loss, but for the last batch's: once an epoch is enough.
+        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+            raise NonFiniteLoss(
+                f"{label}, epoch {epoch + 1}: weights are NaN or infinite, though the losses are not; "
+                "look for a gradient of NaN, as of the root of 0, or lower the learning rate"
+            )
+        row = {"epoch": epoch + 1, "loss": total / max(1, len(todo)), "seconds": time.perf_counter() - started}
         model.eval()
         if evaluate is not None:
             with torch.no_grad():

@@ -17,13 +17,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock
 
 from pdl_utils.datasets import TinyImageNet, tiny_imagenet
 from pdl_utils.images import Augmentation, Batches, top1
-from pdl_utils.resnet import grow_depth
 from pdl_utils.settings import bfloat16_is_faster, seed_everything
 from pdl_utils.training import History, fit, sgd
 from pdl_utils.weights import save_weights
@@ -66,6 +68,28 @@ def build(args: argparse.Namespace, classes: int) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def grow_depth(small: ResNet, large: ResNet) -> None:
+    """Give `large` the function of `small`, a shallower network of the same widths (Net2DeeperNet,
+    Chen et al. 2015, arXiv:1511.05641).
+
+    Blocks that both have are copied; every further block of `large` becomes the identity, since its
+    last batch norm is scaled to 0 and its input, out of a ReLU, is not negative. Training goes on from
+    there instead of from nothing.
+
+    Raises:
+        ValueError: `small` has a parameter that `large` lacks, or of another shape.
+    """
+    ours, theirs = large.state_dict(), small.state_dict()
+    misfits = [name for name, w in theirs.items() if name not in ours or ours[name].shape != w.shape]
+    if misfits:
+        raise ValueError(f"cannot grow: {misfits[0]} and {len(misfits) - 1} more do not fit the larger network")
+    large.load_state_dict({**ours, **theirs})
+    for name, module in large.named_modules():
+        if isinstance(module, BasicBlock) and f"{name}.bn2.weight" not in theirs:
+            nn.init.zeros_(module.bn2.weight)
+
+
 def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: TinyImageNet) -> History:
     device = next(model.parameters()).device
     batches = Batches(
@@ -88,7 +112,6 @@ def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: T
         autocast=bfloat16_is_faster(device),
         checkpoint=args.state / "last.pt",
         save=rank_and_world()[0] == 0,
-        examples=len(batches) * args.batch_size,
         label=args.arch,
         progress=None if rank_and_world()[0] == 0 else False,
     )

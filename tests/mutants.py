@@ -145,11 +145,11 @@ MUTANTS = [
            "self.scale * (B @ A).flatten(0, 1)", "(B @ A).flatten(0, 1)", PEFT),
     # Training, files, results
     Mutant("resuming forgets the optimizer", "training.py::_resume",
-           "['model'] if finished else parts", "['model']", RESUMED),
+           "parts if 'rng' in state else ['model']", "['model']", RESUMED),
     Mutant("a changed setting finds the old run", "training.py::run_file",
            "json.dumps(settings, sort_keys=True)", "json.dumps(sorted(settings))",
            f"{TRAINING}::test_another_setting_is_another_file"),
-    Mutant("a loss of NaN goes on", "training.py::_train_epoch",
+    Mutant("a loss of NaN goes on", "training.py::train_step",
            "not math.isfinite(value)", "False",
            f"{TRAINING}::test_a_loss_that_is_not_finite_stops_before_the_step"),
     Mutant("a score of NaN is the best for good", "training.py::fit",

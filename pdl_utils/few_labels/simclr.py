@@ -109,7 +109,7 @@ def pretrain(
 
     return fit(
         model, batches, contrast, optimizer, epochs=len(sizes), scheduler=scheduler,
-        autocast=bfloat16_is_faster(device), examples=len(batches) * batch_size, label="SimCLR", **options,
+        autocast=bfloat16_is_faster(device), label="SimCLR", **options,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from pdl_utils.datasets import LabelledImages, Provenance
 from pdl_utils.few_labels import SimCLR, simclr
-from pdl_utils.resnet import grow_depth, own_network
+from pdl_utils.resnet import own_network
 from pdl_utils.settings import REPOSITORY
 from pdl_utils.weights import load_weights
 from scripts import pretrain_resnet, pretrain_simclr
@@ -121,12 +121,12 @@ def test_a_grown_network_computes_what_the_small_one_does():
     torch.manual_seed(0)
     small, large = resnet18(num_classes=7).eval(), resnet34(num_classes=7).eval()
     x = torch.randn(2, 3, 64, 64)
-    grow_depth(small, large)
+    pretrain_resnet.grow_depth(small, large)
     torch.testing.assert_close(large(x), small(x))
     large.train()(x).sum().backward()
     assert large.layer3[4].bn2.weight.grad.abs().sum() > 0  # the new blocks can learn
     with pytest.raises(ValueError, match="cannot grow"):
-        grow_depth(large, small)
+        pretrain_resnet.grow_depth(large, small)
 
 
 def few_images(count):
