@@ -1,4 +1,4 @@
-"""Layers against torch_geometric's, and their parts against the definitions, written with (E, H, C) tensors."""
+"""Layers against torch_geometric's; what they do with edges, devices, precision and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdl_utils.graphs import GATConv, GATv2Conv, GCNConv, GraphNet, SortedEdges, UniformConv
-from pdl_utils.graphs.layers import edge_softmax, pair_scores, weighted_sum
+from pdl_utils.graphs.layers import edge_softmax
 
 NODES, CHANNELS = 12, 7
 KINDS = ["mlp", "gcn", "gat", "gatv2", "uniform"]
@@ -37,6 +37,7 @@ LAYERS = {
     "gatv2": (GATv2Conv, pyg.GATv2Conv, {"heads": 3}),
     "gatv2 mean residual": (GATv2Conv, pyg.GATv2Conv, {"heads": 2, "concat": False, "residual": True}),
     "gatv2 slope": (GATv2Conv, pyg.GATv2Conv, {"heads": 2, "negative_slope": 0.6, "bias": False}),
+    "gatv2 in tiles of 16 edges": (GATv2Conv, pyg.GATv2Conv, {"heads": 2, "out_channels": 2**17}),
 }
 MESSY, *OTHERS = GRAPHS
 CASES = [
@@ -63,11 +64,12 @@ def outputs_and_gradients(layer: nn.Module, x: Tensor, edges: Tensor | SortedEdg
 def test_equals_torch_geometric(layer, graph, self_loops):
     torch.manual_seed(0)
     ours, theirs, options = LAYERS[layer]
+    options = {"out_channels": 5} | options
     nodes, edges = GRAPHS[graph]()
-    peer = theirs(CHANNELS, 5, add_self_loops=self_loops, **options).double()
+    peer = theirs(CHANNELS, add_self_loops=self_loops, **options).double()
     for parameter in peer.parameters():  # biases start at zero, where a mistake would not show
         nn.init.normal_(parameter, std=0.5)
-    mine = ours(CHANNELS, 5, **options).double()
+    mine = ours(CHANNELS, **options).double()
     mine.load_state_dict(peer.state_dict())
     x = torch.randn(nodes, CHANNELS, dtype=torch.float64)
     expected = outputs_and_gradients(peer, x, edges)
@@ -91,33 +93,6 @@ def test_attention_equals_torch_geometric(layer):
     _, expected = peer(x, edges, return_attention_weights=True)
     _, found = mine(x, edges, return_attention=True)
     torch.testing.assert_close(dense(*found), dense(*expected), rtol=1e-10, atol=1e-12)
-
-
-def plain_weighted_sum(weight: Tensor, h: Tensor, graph: SortedEdges) -> Tensor:
-    return torch.zeros_like(h).index_add(0, graph.target, weight.unsqueeze(-1) * h[graph.source])
-
-
-def plain_pair_scores(h: Tensor, query: Tensor, att: Tensor, slope: float, graph: SortedEdges) -> Tensor:
-    return (F.leaky_relu(h[graph.source] + query[graph.target], slope) * att).sum(-1)
-
-
-def test_operations_equal_the_definitions_in_several_tiles():
-    torch.manual_seed(0)
-    channels = 2**17  # five tiles of 16 edges
-    graph = SortedEdges.from_edges(random_edges(), NODES)
-    h, query = torch.randn(2, NODES, 2, channels, dtype=torch.float64)
-    weight, att = torch.rand(len(graph.source), 2).double(), torch.randn(2, channels).double()
-    for ours, plain, inputs, more in [
-        (weighted_sum, plain_weighted_sum, (weight, h), (graph,)),
-        (pair_scores, plain_pair_scores, (h, query, att), (0.2, graph)),
-    ]:
-        results = []
-        for function in (ours, plain):
-            leaves = [x.clone().requires_grad_() for x in inputs]
-            out = function(*leaves, *more)
-            results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
-        for found, expected in zip(*results, strict=True):
-            assert relative_error(found, expected) < 1e-12
 
 
 class LargestTensor(TorchDispatchMode):
@@ -209,8 +184,7 @@ def test_edges_are_sorted_and_every_node_gets_one_loop():
     ("edges", "says"),
     [
         (torch.zeros(2, 3), "must hold integers"),
-        (torch.zeros(3, dtype=torch.long), r"shape \(2, E\), not torch.int64 of \(3,\)$"),
-        (torch.zeros(5, 2, dtype=torch.long), r"not torch.int64 of \(5, 2\)"),
+        (torch.zeros(5, 2, dtype=torch.long), r"shape \(2, E\), not torch.int64 of \(5, 2\)$"),
         (torch.tensor([[0], [4]]), "names nodes 0 to 4, but there are only 0 to 3"),
         (torch.tensor([[-1], [0]]), "names nodes -1 to 0"),
         (SortedEdges.from_edges(torch.tensor([[0], [1]]), 3), "features of 4 nodes, but edges between 3"),
@@ -235,8 +209,3 @@ def test_net_traces_every_layer(kind, depth):
     assert logits is features[-1]
     heads = [] if kind in ("mlp", "gcn") else [2] * (depth - 1) + [3]
     assert [each.shape[1] for each in attention] == heads
-
-
-def test_mlp_sees_no_edges():
-    net, x = GraphNet(CHANNELS, 4, "mlp", hidden=5), torch.randn(NODES, CHANNELS)
-    assert torch.equal(net(x, random_edges()), net(x, torch.zeros(2, 0, dtype=torch.long)))

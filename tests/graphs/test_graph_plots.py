@@ -84,14 +84,10 @@ def test_seed_points_show_mean_and_sample_deviation(axis):
     assert axis.collections[-1].get_offsets().tolist() == [[0.6, 1]]
 
 
-def test_head_points_stand_above_their_layer(axis):
-    plots.head_points(axis, {"GAT": [[0.1, 0.2], [0.3]]}, ylabel="", title="", reference=0)
-    np.testing.assert_allclose(axis.collections[0].get_offsets(), [[1, 0.1], [1, 0.2], [2, 0.3]])
-    assert [text.get_text() for text in axis.get_xticklabels()] == ["layer 1", "layer 2"]
-
-
-def test_matrix_and_sides_show_the_numbers_given(axis):
+def test_marks_and_pictures_show_the_numbers_given(axis):
     plots.attention_matrix(axis, torch.eye(3), title="")
     np.testing.assert_array_equal(axis.images[0].get_array(), np.eye(3))
     plots.two_sides(axis, {"GAT": np.array([[0.2, 0.9]])}, xlabel="", ylabel="", title="")
     assert axis.collections[-1].get_offsets().tolist() == [[0.2, 0.9]]
+    plots.head_points(axis, {"GAT": [[0.1, 0.2], [0.3]]}, ylabel="", title="", reference=0)
+    np.testing.assert_allclose(axis.collections[-1].get_offsets(), [[1, 0.1], [1, 0.2], [2, 0.3]])
