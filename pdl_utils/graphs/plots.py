@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -152,10 +153,10 @@ def head_points(
     `reference`."""
     axis.axhline(reference, color="black", linestyle=STYLES[1], linewidth=1)
     for index, (name, layers) in enumerate(scores.items()):
-        spots = [(layer, score) for layer, heads in enumerate(layers, 1) for score in heads]
-        x, y = np.array(spots).T
-        x += 0.24 * (index - (len(scores) - 1) / 2)
-        axis.scatter(x, y, color=COLORS[index], marker=MARKERS[index], s=26, alpha=0.85, label=name)
+        shift = 0.24 * (index - (len(scores) - 1) / 2)  # networks side by side
+        x = [layer + shift for layer, heads in enumerate(layers, 1) for _ in heads]
+        look = {"color": COLORS[index], "marker": MARKERS[index], "s": 26, "alpha": 0.85}
+        axis.scatter(x, list(chain.from_iterable(layers)), label=name, **look)
     depth = max(len(layers) for layers in scores.values())
     axis.set_xticks(range(1, depth + 1), [f"layer {layer}" for layer in range(1, depth + 1)])
     axis.set(ylabel=ylabel, title=title, xlim=(0.5, depth + 0.5))

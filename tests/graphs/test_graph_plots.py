@@ -24,12 +24,6 @@ def texts(axis: Axes) -> str:
     return "\n".join(text.get_text() for text in axis.texts)
 
 
-def test_node_of_degree():
-    graph = SortedEdges.from_edges(STAR, 5)
-    assert plots.node_of_degree(graph, 40) == 0
-    assert plots.node_of_degree(graph, 2) == 2
-
-
 def test_neighbourhood_shows_weight_as_width_and_likeness_as_colour(axis):
     graph = SortedEdges.from_edges(STAR, 5)
     weight = torch.where(graph.source == 3, 1.0, 0.5)
