@@ -29,8 +29,7 @@ import torch_geometric.nn as pyg
 from side_by_side import LIMIT, arguments, measure, report
 from torch import Tensor, nn
 
-from pdl_utils.graphs.edges import SortedEdges
-from pdl_utils.graphs.layers import GATConv, GATv2Conv
+from pdl_utils.graphs import GATConv, GATv2Conv, SortedEdges
 
 NODES, DEGREE = 2373, 29  # of one PPI graph, on average
 HEADS, CHANNELS = 4, 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +39,7 @@ def ppi(stand_in: Recipe = PPI_SIZED) -> TissueGraphs:
     Raises:
         NoRealData: `PDL_REQUIRE_REAL=1` and PPI cannot be had.
     """
-    return obtain(
-        "PPI", "ppi",
-        read=_read, download=_download, url=URL, stand_in=lambda: _stand_in(stand_in),
-    )  # fmt: skip
+    return obtain("PPI", "ppi", read=_read, download=_download, url=URL, stand_in=lambda: _stand_in(stand_in))
 
 
 def _stand_in(recipe: Recipe) -> TissueGraphs:
@@ -66,53 +64,37 @@ def _read(folder: Path) -> TissueGraphs:
 
 def _graphs(raw: Path, part: str) -> list[Tissue]:
     """The graphs of one split. Edges are given in both directions, once each, without self-loops."""
-    ids = _array(raw / f"{part}_graph_id.npy", ())
-    x = torch.from_numpy(_array(raw / f"{part}_feats.npy", (len(ids), FEATURES))).float()
-    y = torch.from_numpy(_array(raw / f"{part}_labels.npy", (len(ids), LABELS))).float()
-    source, target = _links(raw / f"{part}_graph.json", len(ids))
+    ids, x, y = (_load(raw / f"{part}_{name}.npy", np.load) for name in ("graph_id", "feats", "labels"))
+    for name, array, width in (("feats", x, FEATURES), ("labels", y, LABELS)):
+        if array.shape != (len(ids), width):
+            raise DamagedFile(raw / f"{part}_{name}.npy", f"has shape {array.shape}, not {(len(ids), width)}")
+    source, target = links = _load(raw / f"{part}_graph.json", _links)
+    if links.size and not 0 <= links.min() <= links.max() < len(ids):
+        raise DamagedFile(raw / f"{part}_graph.json", f"names other nodes than the {len(ids)} that have features")
     both = np.sort(np.concatenate([source * len(ids) + target, target * len(ids) + source]))
     source, target = np.divmod(both[np.diff(both, prepend=-1) > 0], len(ids))  # each once, sorted by source
     kept = (source != target) & (ids[source] == ids[target])
-    source, target = source[kept], target[kept]
+    links = np.stack([source, target])[:, kept]
+    x, y = torch.from_numpy(x).float(), torch.from_numpy(y).float()
     graphs = []
     for graph in np.unique(ids):
         nodes = np.flatnonzero(ids == graph)
-        edges = np.stack([source, target])[:, ids[source] == graph]
-        edge_index = torch.from_numpy(np.searchsorted(nodes, edges))  # numbered from 0 in every graph
-        graphs.append(Tissue(x=x[nodes], y=y[nodes], edge_index=edge_index))
+        edges = np.searchsorted(nodes, links[:, ids[links[0]] == graph])  # numbered from 0 in every graph
+        graphs.append(Tissue(x=x[nodes], y=y[nodes], edge_index=torch.from_numpy(edges)))
     return graphs
 
 
-def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in `path`; `shape` is what it must have, () for any number of integers in a row.
+def _links(path: Path) -> np.ndarray:
+    """Sources and targets, int64 (2, links), as they stand in the node-link JSON."""
+    links = json.loads(path.read_bytes())["links"]
+    return np.array([[link[end] for link in links] for end in ("source", "target")], dtype=np.int64)
 
-    Raises:
-        DamagedFile: it is missing, truncated, or of another shape.
-    """
+
+def _load(path: Path, read: Callable[[Path], np.ndarray]) -> np.ndarray:
+    """The array that `read` makes of a file; DamagedFile if the file is missing, truncated or corrupt."""
     try:
-        array = np.load(path)
+        return read(path)
     except FileNotFoundError:
         raise DamagedFile(path, "is missing") from None
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, KeyError, TypeError) as error:
         raise DamagedFile(path, f"is truncated or corrupt ({error})") from error
-    if array.shape != (shape or (array.size,)):
-        raise DamagedFile(path, f"has shape {array.shape}, not {shape or '(nodes,)'}")
-    return array
-
-
-def _links(path: Path, nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sources and targets of the links, int64 (links,), as they stand in the node-link JSON.
-
-    Raises:
-        DamagedFile: it is missing, truncated, or names nodes that there are not.
-    """
-    try:
-        links = json.loads(path.read_bytes())["links"]
-        source, target = (np.array([link[end] for link in links], dtype=np.int64) for end in ("source", "target"))
-    except FileNotFoundError:
-        raise DamagedFile(path, "is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFile(path, f"is truncated or corrupt ({error})") from error
-    if len(links) and not 0 <= min(source.min(), target.min()) <= max(source.max(), target.max()) < nodes:
-        raise DamagedFile(path, f"names other nodes than the {nodes} that have features")
-    return source, target

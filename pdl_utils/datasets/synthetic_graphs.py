@@ -1,14 +1,12 @@
-"""Graphs in the shape of PPI, made from a seed, in which the kind of every edge is known.
+"""Graphs in the shape of PPI, made from a seed, in which the kind of every edge is known. Offline they take PPI's
+place, and say so; and attention can be scored against the kind of every edge.
 
-They have two uses: offline they take PPI's place, and say so; and they are an experiment whose truth is known,
-where attention can be scored against the kind of every edge.
-
-A graph is a tissue. Its nodes belong to protein complexes; a complex does one job (its module) in one
-compartment of the cell. About half of the edges are functional: they stay inside a complex. The others lead
-to one decoy complex, which does another job in the other compartment. A node's labels follow from its
-module; most of what it knows of that module stands in its neighbours' features, since as in PPI 43% of the
-nodes carry no motif of their own. Whoever tells the two kinds of edges apart, by the compartments at both
-ends, can average over the right neighbours: what an attention *can* gain is large here by construction.
+A graph is a tissue. Its nodes belong to protein complexes; a complex does one job (its module) in one compartment
+of the cell. About half of the edges are functional: they stay inside a complex. The others lead to one decoy
+complex, which does another job in the other compartment. A node's labels follow from its module; most of what it
+knows of that module stands in its neighbours' features, since as in PPI 43% of the nodes carry no motif of their
+own. Whoever tells the two kinds of edges apart, by the compartments at both ends, can average over the right
+neighbours: what an attention *can* gain is large here by construction.
 """
 
 from __future__ import annotations
@@ -31,8 +29,9 @@ DEGREE_SPREAD = 0.9  # of the logarithm of a node's propensity to have edges: a 
 
 @dataclass
 class Tissue:
-    """A graph of proteins. x: float32 (N, features); y: float32 (N, labels) of 0 and 1; edge_index: int64 (2, E).
-    Of a synthetic graph also functional: bool (E,), the true kind of every edge; complex: int64 (N,), ids."""
+    """A graph of proteins. x: float32 (N, 50); y: float32 (N, 121) of 0 and 1; edge_index: int64 (2, E), both
+    directions of every edge. Of a synthetic graph also functional: bool (E,), the true kind of every edge; and
+    complex: int64 (N,), ids of the graph's own."""
 
     x: Tensor
     y: Tensor
@@ -51,8 +50,8 @@ class Tissue:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes: nodes of every graph in each split, number of modules, nodes a complex (mean), and edges a node
-    (mean, before those that repeat one another are merged)."""
+    """Sizes: nodes of every graph in each split, modules, nodes a complex (mean), and edges a node (mean, before
+    those that repeat one another are merged)."""
 
     train: tuple[int, ...]
     val: tuple[int, ...]
@@ -74,11 +73,8 @@ PPI_SIZED = Recipe(  # the real graphs' numbers of nodes
 
 
 def ppi_stand_in(recipe: Recipe, seed: int = 0) -> dict[str, list[Tissue]]:
-    """Synthetic graphs in the splits "train", "val" and "test", the same for the same seed.
-
-    Every graph has x (N, 50), standardised over the training nodes; y (N, 121) of 0 and 1; edge_index (2, E),
-    both directions of every edge; `functional` (E,), the edge's kind; `complex` (N,), ids of the graph's own.
-    """
+    """Synthetic graphs in the splits "train", "val" and "test", the same for the same seed; features are
+    standardised over the training nodes."""
     rng = np.random.default_rng(seed)
     rates = np.full((recipe.modules, FEATURES - COMPARTMENTS), BACKGROUND_RATE)
     for module in range(recipe.modules):
@@ -89,10 +85,8 @@ def ppi_stand_in(recipe: Recipe, seed: int = 0) -> dict[str, list[Tissue]]:
     # A label that all modules have, or none, would ask nothing: turn it around in one of them.
     constant = labels.all(axis=0) | ~labels.any(axis=0)
     labels[rng.integers(recipe.modules, size=LABELS), np.arange(LABELS)] ^= constant
-    splits = {
-        split: [_tissue(nodes, recipe, rates, labels, rng) for nodes in getattr(recipe, split)]
-        for split in ("train", "val", "test")
-    }
+    sizes = {"train": recipe.train, "val": recipe.val, "test": recipe.test}
+    splits = {name: [_tissue(n, recipe, rates, labels, rng) for n in nodes] for name, nodes in sizes.items()}
     features = torch.cat([graph.x for graph in splits["train"]])
     mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
     for graph in chain.from_iterable(splits.values()):
@@ -105,7 +99,8 @@ def _tissue(nodes: int, recipe: Recipe, rates: np.ndarray, labels: np.ndarray, r
     compartment = np.arange(count) % COMPARTMENTS
     module = rng.choice(recipe.modules, count, replace=count > recipe.modules)
     member = np.sort(rng.integers(count, size=nodes))  # each node's complex
-    pairs, functional = _edges(member, _decoys(compartment, module, rng), recipe.degree, rng)
+    pairs = _edges(member, _decoys(module, rng), recipe.degree, rng)
+    functional = member[pairs[0]] == member[pairs[1]]
 
     motifs = (rng.random((nodes, rates.shape[1])) < rates[module[member]]) & (rng.random((nodes, 1)) < ANNOTATED)
     features = np.concatenate([np.eye(COMPARTMENTS)[compartment[member]], motifs], axis=1)
@@ -120,9 +115,9 @@ def _tissue(nodes: int, recipe: Recipe, rates: np.ndarray, labels: np.ndarray, r
     )
 
 
-def _decoys(compartment: np.ndarray, module: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each complex's decoy: a matching of the two compartments that joins no two of the same module."""
-    left, right = np.flatnonzero(compartment == 0), np.flatnonzero(compartment == 1)
+def _decoys(module: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each complex's decoy: a matching of the two compartments, even and odd, that joins no two of a module."""
+    left, right = np.arange(len(module)).reshape(-1, COMPARTMENTS).T
     for _ in range(10_000):
         right = rng.permutation(right)
         if (module[left] != module[right]).all():
@@ -132,23 +127,20 @@ def _decoys(compartment: np.ndarray, module: np.ndarray, rng: np.random.Generato
     return decoy
 
 
-def _edges(
-    member: np.ndarray, decoy: np.ndarray, degree: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Undirected edges (2, E) without repeats or loops, and which of them are functional (E,)."""
+def _edges(member: np.ndarray, decoy: np.ndarray, degree: float, rng: np.random.Generator) -> np.ndarray:
+    """Undirected edges (2, E) without repeats or loops, inside the complexes and to their decoys."""
     nodes = len(member)
     propensity = np.exp(rng.normal(0, DEGREE_SPREAD, nodes))
     stubs = rng.poisson(propensity / propensity.mean() * degree / 2) + 1
     source = np.repeat(np.arange(nodes), stubs)
     inside = rng.random(len(source)) < FUNCTIONAL
     partner = np.where(inside, member[source], decoy[member[source]])
-    # A partner is drawn from its complex in proportion to its propensity. Nodes are sorted by complex, so
-    # that a complex is a stretch of the cumulative propensity.
+    # A partner is drawn from its complex in proportion to its propensity: nodes are sorted by complex, so that a
+    # complex is a stretch of the cumulative propensity.
     total = np.concatenate([[0], propensity.cumsum()])
     first = np.searchsorted(member, np.arange(len(decoy) + 1))
     low, high = total[first[partner]], total[first[partner + 1]]
     target = np.searchsorted(total, rng.uniform(low, high), side="right") - 1
     joined = (source != target) & (low < high)  # a complex may be empty
-    pairs = np.sort(np.stack([source, target.clip(0, nodes - 1)])[:, joined], axis=0)
-    pairs = np.unique(pairs, axis=1)
-    return pairs, member[pairs[0]] == member[pairs[1]]
+    pairs = np.stack([source, target.clip(0, nodes - 1)])[:, joined]
+    return np.unique(np.sort(pairs, axis=0), axis=1)

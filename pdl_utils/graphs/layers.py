@@ -1,8 +1,9 @@
-"""Graph convolution and graph attention, from torch operations alone.
+"""Graph convolution (GCN: Kipf & Welling 2017) and graph attention (GAT: Veličković et al. 2018; GATv2: Brody et
+al. 2022), from torch operations alone.
 
-- `GCNConv`: Kipf & Welling, Semi-supervised classification with graph convolutional networks, 2017.
-- `GATConv`: Veličković et al., Graph attention networks, 2018.
-- `GATv2Conv`: Brody et al., How attentive are graph attention networks?, 2022.
+The layers are made of three operations over sorted edges: `edge_softmax`, `weighted_sum` and `pair_scores`. None
+of the three holds an (E, H, C) tensor, which for two PPI graphs at 1024 channels is half a gigabyte: to move it
+takes longer than the arithmetic.
 
 Parameters carry the names and shapes of torch_geometric's layers of the same names: `load_state_dict` takes
 theirs, and outputs and gradients are the same. Every layer takes node features x (N, in_channels) and either
@@ -14,27 +15,123 @@ Shapes: N nodes, E edges, H heads, C channels a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from pdl_utils.graphs.edges import SortedEdges, edge_softmax, pair_scores, weighted_sum
+
+@dataclass(frozen=True, eq=False)
+class SortedEdges:
+    """Directed edges sorted by target. Build it with `from_edges`, once a batch; every layer and epoch reuses it.
+
+    Attributes:
+        num_nodes: N; node ids are 0..N-1.
+        source, target: int64 (E,); messages flow source → target; `target` ascends.
+        rowptr: int64 (N+1,); the edges into node i are rowptr[i]..rowptr[i+1]-1.
+    """
+
+    num_nodes: int
+    source: Tensor
+    target: Tensor
+    rowptr: Tensor
+
+    @classmethod
+    def from_edges(cls, edge_index: Tensor, num_nodes: int, *, self_loops: bool = True) -> SortedEdges:
+        """Check and sort `edge_index`, integer (2, E), row 0 the sources and row 1 the targets.
+
+        Duplicate edges stay, and count as often as they stand there. With `self_loops` every node gets
+        exactly one edge to itself, whatever loops were there before.
+
+        Raises:
+            ValueError: the shape is not (2, E), there are no integers in it, or a node id lies outside 0..N-1.
+        """
+        if edge_index.ndim != 2 or len(edge_index) != 2 or edge_index.is_floating_point():
+            shape = tuple(edge_index.shape)
+            raise ValueError(f"edge_index must hold integers of shape (2, E), not {edge_index.dtype} of {shape}")
+        low, high = (int(end) for end in edge_index.aminmax()) if edge_index.numel() else (0, -1)
+        if low < 0 or high >= num_nodes:
+            raise ValueError(f"edge_index names nodes {low} to {high}, but there are only 0 to {num_nodes - 1}")
+        source, target = edge_index.long()
+        if self_loops:
+            kept, nodes = source != target, torch.arange(num_nodes, device=source.device)
+            source, target = torch.cat([source[kept], nodes]), torch.cat([target[kept], nodes])
+        # Sources ascend among the edges into a node too: neighbours in memory are read together.
+        order = torch.argsort(target * num_nodes + source, stable=True)
+        rowptr = F.pad(torch.bincount(target, minlength=num_nodes).cumsum(0), (1, 0))
+        return cls(num_nodes, source[order], target[order], rowptr)
+
+    @property
+    def edge_index(self) -> Tensor:
+        """int64 (2, E), in the sorted order."""
+        return torch.stack([self.source, self.target])
+
+    @property
+    def degree(self) -> Tensor:
+        """int64 (N,), the number of edges into each node."""
+        return self.rowptr.diff()
 
 
 def as_sorted_edges(x: Tensor, edges: SortedEdges | Tensor) -> SortedEdges:
-    """`edges` as `SortedEdges` between the rows of `x` (N, C).
-
-    Raises:
-        ValueError: they are edges between another number of nodes, or as `SortedEdges.from_edges`.
-    """
+    """`edges` as `SortedEdges` between the rows of x (N, C); ValueError if they are not between these."""
     if not isinstance(edges, SortedEdges):
         return SortedEdges.from_edges(edges, len(x))
     if len(x) != edges.num_nodes:
         raise ValueError(f"features of {len(x)} nodes, but edges between {edges.num_nodes}")
     return edges
+
+
+def edge_softmax(scores: Tensor, graph: SortedEdges) -> Tensor:
+    """Softmax over the edges into each target: scores (E, H) → attention (E, H), rows of a target sum to 1.
+
+    Each target's own maximum is subtracted first. A global one would underflow whole neighbourhoods
+    whose scores lie far below the largest in the batch, and divide 0 by 0.
+    """
+    index = graph.target.unsqueeze(1).expand_as(scores)
+    shape = (graph.num_nodes, scores.shape[1])
+    top = scores.new_full(shape, -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")
+    weight = (scores - top.index_select(0, graph.target)).exp()
+    total = weight.new_zeros(shape).index_add(0, graph.target, weight)
+    return weight / total.index_select(0, graph.target)
+
+
+def weighted_sum(weight: Tensor, h: Tensor, graph: SortedEdges) -> Tensor:
+    """out_i = Σ_{j→i} weight_ij h_j: weight (E, H) and h (N, H, C) → (N, H, C).
+
+    This is a bag of weighted embeddings: the bag of node i holds its sources. torch's kernel for it reads each
+    row of h where it lies, in the gradient too.
+    """
+    options = {"mode": "sum", "include_last_offset": True}
+    heads = [
+        F.embedding_bag(graph.source, rows, graph.rowptr, per_sample_weights=w, **options)
+        for w, rows in zip(weight.t().contiguous(), h.transpose(0, 1).contiguous(), strict=True)
+    ]
+    return torch.stack(heads, dim=1)
+
+
+def pair_scores(h: Tensor, query: Tensor, att: Tensor, negative_slope: float, graph: SortedEdges) -> Tensor:
+    """e_ij = attᵀ LeakyReLU(h_j + query_i) for every edge j → i: h, query (N, H, C), att (H, C) → (E, H).
+
+    One head and a tile of edges at a time. Each tile is computed again for the gradient instead of being kept, so
+    that the memory needed is that of one tile: 8 MB in float32 on a CPU, which is soon reused, more on a GPU.
+    """
+
+    def tile_scores(h: Tensor, query: Tensor, att: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        pair = h.index_select(0, source) + query.index_select(0, target)  # (tile, C)
+        with torch.autocast(h.device.type, enabled=False):  # it would round the factors of the product
+            return F.leaky_relu(pair, negative_slope) @ att
+
+    size = max(1, (2**21 if h.device.type == "cpu" else 2**26) // h.shape[2])
+    tiles = list(zip(graph.source.split(size), graph.target.split(size), strict=True))
+    by_head = (x.transpose(0, 1).contiguous() for x in (h, query))
+    heads = []
+    for head in zip(*by_head, att, strict=True):
+        scores = [checkpoint(tile_scores, *head, *tile, use_reentrant=False) for tile in tiles]
+        heads.append(torch.cat(scores))
+    return torch.stack(heads, dim=1)
 
 
 def attention_vector(heads: int, channels: int) -> nn.Parameter:
@@ -52,13 +149,8 @@ def glorot_linear(in_channels: int, out_channels: int, bias: bool) -> nn.Linear:
 
 
 class GraphConv(nn.Module):
-    """What the layers share: the residual and the bias.
-
-    Args:
-        in_channels, out_channels: features a node, before and after (all heads together).
-        residual: add a linear map of the input.
-        bias: add a learned constant.
-    """
+    """What the layers share: with `residual` a linear map of the input is added to the output, with `bias` a
+    learned constant. `out_channels` counts all heads together."""
 
     def __init__(self, in_channels: int, out_channels: int, *, residual: bool = False, bias: bool = True) -> None:
         super().__init__()
@@ -67,8 +159,7 @@ class GraphConv(nn.Module):
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """Add the residual and the bias to `out` (N, out_channels)."""
-        if self.res is not None:
-            out = out + self.res(x)
+        out = out if self.res is None else out + self.res(x)
         return out if self.bias is None else out + self.bias
 
 
@@ -89,12 +180,11 @@ class GCNConv(GraphConv):
 
 
 class AttentionConv(GraphConv):
-    """x_i' = ‖_heads Σ_{j→i} α_ij h_j with α_ij = softmax over the edges into i of e_ij; a subclass's
-    `messages_and_scores` says what h and e are.
+    """x_i' = ‖_heads Σ_{j→i} α_ij h_j with α_ij = softmax over the edges into i of e_ij. The messages h (N, H, C)
+    and the scores e (E, H) come from `messages_and_scores(x, graph)` of the subclass.
 
     Args:
-        in_channels, out_channels: features a node before, and after in each head.
-        heads: H.
+        in_channels, out_channels, heads: features a node before, and after in each of the H heads.
         concat: put the heads side by side, H·C features out; otherwise their mean, C features.
         negative_slope: of the LeakyReLU in the scores.
         dropout: probability with which an edge's attention is dropped in training.
@@ -112,10 +202,6 @@ class AttentionConv(GraphConv):
     def heads_of(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """The linear map of x, split: (N, in_channels) → (N, H, C)."""
         return linear(x).to(x.dtype).view(len(x), self.heads, self.out_channels)
-
-    def messages_and_scores(self, x: Tensor, graph: SortedEdges) -> tuple[Tensor, Tensor]:
-        """h (N, H, C) and e (E, H)."""
-        raise NotImplementedError
 
     def forward(
         self, x: Tensor, edges: SortedEdges | Tensor, *, return_attention: bool = False
@@ -171,23 +257,7 @@ class UniformConv(AttentionConv):
         return h, h.new_zeros(len(graph.source), self.heads)
 
 
-class Edgeless(nn.Linear):
-    """The layer of an MLP: it sees no edges."""
-
-    def forward(self, x: Tensor, graph: SortedEdges) -> Tensor:
-        return super().forward(x).to(x.dtype)
-
-
 ATTENTION = {"gat": GATConv, "gatv2": GATv2Conv, "uniform": UniformConv}
-
-
-@dataclass
-class Trace:
-    """What a `GraphNet` computed on the way: `features`, its input and every layer's output after the
-    activation; `attention`, (E, H) a layer, in the order of the sorted edges; empty where there is none."""
-
-    features: list[Tensor] = field(default_factory=list)
-    attention: list[Tensor] = field(default_factory=list)
 
 
 class GraphNet(nn.Module):
@@ -210,15 +280,13 @@ class GraphNet(nn.Module):
         super().__init__()
         if conv not in (*ATTENTION, "gcn", "mlp"):
             raise ValueError(f"conv={conv!r}: choose one of {', '.join([*ATTENTION, 'gcn', 'mlp'])}")
-        if depth < 1:
-            raise ValueError(f"depth={depth}: a network has at least one layer")
         self.in_channels = in_channels
         widths = [in_channels, *[heads * hidden] * (depth - 1), num_labels]
 
         def layer(index: int) -> nn.Module:
             width, out, last = widths[index], widths[index + 1], index == depth - 1
             if conv == "mlp":
-                return Edgeless(width, out)
+                return nn.Linear(width, out)
             if conv == "gcn":
                 return GCNConv(width, out, residual=residual)
             channels, count = (out, out_heads) if last else (hidden, heads)
@@ -229,18 +297,21 @@ class GraphNet(nn.Module):
 
     def forward(
         self, x: Tensor, edges: SortedEdges | Tensor, *, return_trace: bool = False
-    ) -> Tensor | tuple[Tensor, Trace]:
-        """Logits (N, num_labels); a label is predicted where its logit is positive. With `return_trace`
-        also what the layers computed on the way."""
+    ) -> Tensor | tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Logits (N, num_labels); a label is predicted where its logit is positive. With `return_trace` also the
+        features, x and every layer's output after the activation, and the attention (E, H) of every layer that
+        has it, in the order of the sorted edges."""
         graph = as_sorted_edges(x, edges)
-        trace = Trace([x])
+        features, attention = [x], []
         for index, layer in enumerate(self.layers):
-            if return_trace and isinstance(layer, AttentionConv):
-                x, (_, attention) = layer(x, graph, return_attention=True)
-                trace.attention.append(attention)
+            if isinstance(layer, nn.Linear):
+                x = layer(x).to(x.dtype)
+            elif return_trace and isinstance(layer, AttentionConv):
+                x, (_, weights) = layer(x, graph, return_attention=True)
+                attention.append(weights)
             else:
                 x = layer(x, graph)
             if index < len(self.layers) - 1:
                 x = F.elu(x)
-            trace.features.append(x)
-        return (x, trace) if return_trace else x
+            features.append(x)
+        return (x, features, attention) if return_trace else x

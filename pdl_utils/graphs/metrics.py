@@ -1,7 +1,7 @@
 """How right a multi-label prediction is, what can be looked up without a network, what attention looks at, and
 how far node features have smoothed.
 
-Shapes: N nodes, L labels, E edges, H heads, C channels.
+Shapes: N nodes, L labels (0 or 1), E edges, H heads, C channels.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from pdl_utils.graphs.edges import SortedEdges
+from pdl_utils.graphs.layers import SortedEdges
 
 # --- How right is a prediction? ---
 
 
 def micro_f1(logits: Tensor, labels: Tensor) -> float:
-    """F1 = 2TP / (2TP + FP + FN) over all nodes and labels pooled; 1 where nothing is to be found or was.
-
-    Args:
-        logits: (N, L); a label is predicted where its logit is positive.
-        labels: (N, L) of 0 and 1.
-    """
+    """F1 = 2TP / (2TP + FP + FN) over all nodes and labels pooled, both (N, L). A label is predicted where its
+    logit is positive. 1 where nothing is to be found or was."""
     predicted, wanted = logits > 0, labels > 0.5
     found = int((predicted & wanted).sum())
     total = int(predicted.sum() + wanted.sum())
@@ -54,12 +50,8 @@ def constant_guess(train_labels: Tensor, test_labels: Tensor) -> float:
 
 
 def look_up_rows(query: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
-    """The share of each label among the reference nodes whose features equal the query's, (N, L).
-
-    Args:
-        query: (N, C) features.
-        reference: (M, C) features with `labels` (M, L). A query that equals none gets the mean of all labels.
-    """
+    """The share of each label (M, L) among the reference nodes (M, C) whose features equal the query's (N, C):
+    (N, L). A query that equals none gets the mean of all labels."""
     _, row = torch.cat([query, reference]).unique(dim=0, return_inverse=True)
     asked, known = row[: len(query)], row[len(query) :]
     count = torch.bincount(known, minlength=int(row.max()) + 1).to(labels.dtype).unsqueeze(1)
@@ -87,32 +79,18 @@ def nearest(query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 # --- What does attention look at? ---
 
 
-def attention_entropy(attention: Tensor, graph: SortedEdges, *, relative: bool = False) -> Tensor:
-    """Entropy of the attention over the edges into each node: (E, H) → (N, H).
-
-    H_i = -Σ_{j→i} α_ij ln α_ij, in nats, from 0 (all on one edge) to ln(degree) (uniform). `relative` divides
-    by ln(degree): 0..1, NaN for nodes with fewer than two edges, which have nothing to choose from.
-    """
+def attention_entropy(attention: Tensor, graph: SortedEdges) -> Tensor:
+    """Entropy of the attention over the edges into each node, divided by the logarithm of their number:
+    (E, H) → (N, H), from 0 (all on one edge) to 1 (uniform); NaN for nodes with fewer than two edges."""
     each = -torch.special.xlogy(attention, attention)
     entropy = attention.new_zeros(graph.num_nodes, attention.shape[1]).index_add(0, graph.target, each)
-    if not relative:
-        return entropy
     choice = torch.where(graph.degree > 1, graph.degree, torch.nan).to(entropy.dtype)
     return entropy / choice.log().unsqueeze(1)
 
 
-def relative_attention(attention: Tensor, graph: SortedEdges) -> Tensor:
-    """α_ij · degree_i, (E, H): 1 where attention is uniform, whatever the neighbourhood's size."""
-    return attention * graph.degree.index_select(0, graph.target).unsqueeze(1)
-
-
 def shared_labels(labels: Tensor, graph: SortedEdges) -> Tensor:
-    """Jaccard similarity of the labels at both ends of every edge, (E,) in 0..1: the number of labels that both
-    have, divided by the number that at least one has; 0 where neither has any.
-
-    Args:
-        labels: (N, L) of 0 and 1.
-    """
+    """Jaccard similarity of the labels (N, L) at both ends of every edge, (E,) in 0..1: the number of labels that
+    both have, divided by the number that at least one has; 0 where neither has any."""
     count = labels.sum(1)
     ends = zip(graph.source.split(2**16), graph.target.split(2**16), strict=True)  # not all of (E, L) at once
     both = torch.cat([(labels[source] * labels[target]).sum(1) for source, target in ends])
@@ -121,23 +99,14 @@ def shared_labels(labels: Tensor, graph: SortedEdges) -> Tensor:
 
 
 def preference(weight: Tensor, value: Tensor, graph: SortedEdges) -> Tensor:
-    """Do edges of large weight have a large value, among the edges into the same node? Rank correlations, -1..1,
-    0 for none: weights and values are replaced by their ranks within the neighbourhood, and the ranks of all
-    neighbourhoods are correlated together. Self-loops are left out.
-
-    Args:
-        weight: (E, H), such as a layer's attention.
-        value: (E, K), such as `shared_labels` and other properties of an edge.
-
-    Returns:
-        float64 (H, K); NaN where one of the two never varies within a neighbourhood.
-    """
+    """Do edges of large weight (E, H) have a large value (E, K), among the edges into the same node? Both are
+    replaced by their ranks within the neighbourhood, self-loops left out, and the ranks of all neighbourhoods are
+    correlated together: float64 (H, K) in -1..1, NaN where one of the two never varies within a neighbourhood."""
     neighbours = graph.source != graph.target
     target = graph.target[neighbours].cpu().numpy()
-    ranks = [_ranks_within(each[neighbours].cpu().numpy(), target) for each in (weight, value)]
-    (a, b), norms = ranks, [np.linalg.norm(rank, axis=0) for rank in ranks]
+    a, b = (_ranks_within(each[neighbours].cpu().numpy(), target) for each in (weight, value))
     with np.errstate(invalid="ignore"):
-        return torch.from_numpy(a.T @ b / np.outer(*norms))
+        return torch.from_numpy(a.T @ b / np.outer(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=0)))
 
 
 def _ranks_within(values: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -165,29 +134,23 @@ def edge_auc(weight: Tensor, wanted: Tensor, graph: SortedEdges, targets: Tensor
 # --- How far have features smoothed? ---
 
 
-def dirichlet_energy(x: Tensor, graph: SortedEdges, *, relative: bool = False) -> float:
-    """How much features differ along edges: 1/N Σ_{j→i} ‖x_i - x_j‖² (Rusch et al. 2023, A survey on
-    oversmoothing in graph neural networks, eq. 3); 0 when neighbours are equal.
-
-    Args:
-        x: (N, C).
-        relative: divide by the mean of ‖x_i‖², so that layers of different scale can be compared.
-    """
+def dirichlet_energy(x: Tensor, graph: SortedEdges) -> float:
+    """How much features x (N, C) differ along edges: Σ_{j→i} ‖x_i - x_j‖² / Σ_i ‖x_i‖²; 0 when neighbours are
+    equal (Rusch et al. 2023, A survey on oversmoothing in graph neural networks, eq. 3, here relative to the
+    squared norm, so that layers of different scale can be compared)."""
     # A block of channels at a time: all of them at once would be an (E, C) tensor.
     energy = sum(
         float((block[graph.source] - block[graph.target]).square().sum(dtype=torch.float64))
         for block in x.split(64, dim=1)
     )
-    scale = float(x.square().sum(dtype=torch.float64)) if relative else graph.num_nodes
+    scale = float(x.square().sum(dtype=torch.float64))
     return energy / scale if scale else 0.0
 
 
 def mean_average_distance(x: Tensor) -> float:
-    """Mean cosine distance 1 - cos(x_i, x_j) between any two nodes of x (N, C) (Chen et al. 2020, Measuring and
-    relieving the over-smoothing problem, eq. 1-4): 0 when all point the same way, 1 when they are orthogonal on
-    average. A zero vector is at distance 1 from everything."""
+    """Mean cosine distance 1 - cos(x_i, x_j) between any two of at least two nodes, x (N, C) (Chen et al. 2020,
+    Measuring and relieving the over-smoothing problem, eq. 1-4): 0 when all point the same way, 1 when they are
+    orthogonal on average. A zero vector is at distance 1 from everything."""
     direction = F.normalize(x.double(), dim=1)
-    if len(x) < 2:
-        return 0.0
     cosines = direction @ direction.sum(0) - direction.square().sum(1)
     return float(1 - cosines.mean() / (len(x) - 1))

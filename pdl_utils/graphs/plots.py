@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -14,21 +15,20 @@ from matplotlib.patches import FancyBboxPatch
 from scipy.cluster.hierarchy import leaves_list, linkage
 from torch import Tensor
 
-from pdl_utils.graphs.edges import SortedEdges
-from pdl_utils.graphs.layers import AttentionConv, Edgeless, GraphNet
+from pdl_utils.graphs.layers import GraphNet, SortedEdges
 from pdl_utils.plots import COLORS, HEAT, MARKERS, SIGNED, STYLES
 
 LIKENESS = "cividis"  # how alike two nodes are, 0..1
 
 
 def graphs_overview(sizes: Mapping[str, Sequence[int]], degrees: Tensor, labels: Tensor, *, title: str) -> Figure:
-    """Four panels: nodes a graph in each split, neighbours a node, share of nodes that have each label, and which
-    labels go together.
+    """Four panels: nodes a graph in each split, neighbours a node, share of nodes that have each label, and the
+    correlation between labels, those that go together side by side.
 
     Args:
         sizes: split → nodes of each of its graphs.
         degrees: int (N,), without self-loops.
-        labels: (N, L) of 0 and 1.
+        labels: (N, L) of 0 and 1; those that never vary have no correlation and are left out.
     """
     figure, axes = plt.subplots(1, 4, figsize=(12, 2.9), width_ratios=[1, 1, 1, 1.25])
     axes[0].hist(list(sizes.values()), bins=10, stacked=True, label=list(sizes), color=COLORS[: len(sizes)])
@@ -38,20 +38,14 @@ def graphs_overview(sizes: Mapping[str, Sequence[int]], degrees: Tensor, labels:
     axes[1].set(xlabel="neighbours", ylabel="nodes", yscale="log", title="degrees")
     axes[2].plot(labels.mean(0).sort(descending=True).values.cpu().numpy(), color=COLORS[0])
     axes[2].set(xlabel="label, the commonest first", ylabel="share of nodes", ylim=(0, 1), title="label frequency")
-    label_cooccurrence(axes[3], labels, title="which labels go together")
+    correlation = np.corrcoef(labels[:, labels.std(0) > 0].cpu().numpy().T)
+    order = leaves_list(linkage(correlation, "average", optimal_ordering=True))
+    picture = axes[3].imshow(correlation[np.ix_(order, order)], cmap=SIGNED, vmin=-1, vmax=1)
+    figure.colorbar(picture, ax=axes[3], shrink=0.8, label="correlation")
+    axes[3].set(title="which labels go together", xlabel="label", ylabel="label")
+    axes[3].grid(visible=False)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
-
-
-def label_cooccurrence(axis: Axes, labels: Tensor, *, title: str) -> None:
-    """Correlation between labels over the nodes, labels that go together side by side: (N, L) of 0 and 1."""
-    varies = labels[:, labels.std(0) > 0]
-    correlation = np.corrcoef(varies.cpu().numpy().T)
-    order = leaves_list(linkage(correlation, "average", optimal_ordering=True))
-    picture = axis.imshow(correlation[np.ix_(order, order)], cmap=SIGNED, vmin=-1, vmax=1)
-    axis.figure.colorbar(picture, ax=axis, shrink=0.8, label="correlation")
-    axis.set(title=title, xlabel="label", ylabel="label")
-    axis.grid(visible=False)
 
 
 def node_of_degree(graph: SortedEdges, wanted: int) -> int:
@@ -69,7 +63,7 @@ def draw_neighbourhood(
         weight: (E,), such as attention: the width of the edges into the centre; all thin without it.
     """
     into = range(int(graph.rowptr[centre]), int(graph.rowptr[centre + 1]))
-    edge = {int(graph.source[e]): e for e in into if int(graph.source[e]) != centre}
+    edge = {int(graph.source[e]): e for e in into if int(graph.source[e]) != centre}  # neighbour → an edge from it
     ring = sorted(edge, key=lambda node: -float(likeness[edge[node]]))
     angle = np.linspace(0, 2 * np.pi, len(ring), endpoint=False)
     place = dict(zip(ring, np.stack([np.cos(angle), np.sin(angle)], axis=1), strict=True))
@@ -96,28 +90,24 @@ def likeness_bar(figure: Figure, axes: Sequence[Axes], label: str) -> None:
 
 
 def draw_architecture(axis: Axes, net: GraphNet, *, title: str) -> None:
-    """The layers of a network as boxes from left to right, read from the network itself."""
+    """The layers of an attention network as boxes from left to right, read from the network itself."""
     boxes = [f"input\n{net.in_channels} features"]
     for layer in net.layers:
-        if isinstance(layer, AttentionConv):
-            how = "side by side" if layer.concat else "averaged"
-            text = f"{layer.heads} heads × {layer.out_channels}\n{how}"
-        else:
-            text = f"{(layer if isinstance(layer, Edgeless) else layer.lin).out_features} features"
+        how = "side by side" if layer.concat else "averaged"
         count = sum(parameter.numel() for parameter in layer.parameters())
-        boxes.append(f"{type(layer).__name__}\n{text}\n{count:,} parameters")
+        kind, heads = type(layer).__name__, f"{layer.heads} heads × {layer.out_channels}"
+        boxes.append(f"{kind}\n{heads}\n{how}\n{count:,} parameters")
     width, gap = 1.0, 0.32
+    arrow = {"arrowstyle": "->", "color": "black"}
+    skip = {"arrowstyle": "->", "color": COLORS[1], "connectionstyle": "arc3,rad=-0.35"}
     for index, text in enumerate(boxes):
         left = index * (width + gap)
         axis.add_patch(FancyBboxPatch((left, 0), width, 0.55, boxstyle="round,pad=0.03", fc="white", ec=COLORS[0]))
         axis.text(left + width / 2, 0.275, text, ha="center", va="center", fontsize=8)
         if index:
-            arrow = {"arrowstyle": "->", "color": "black"}
             axis.annotate("", (left - 0.04, 0.275), (left - gap + 0.04, 0.275), arrowprops=arrow)
-            if getattr(net.layers[index - 1], "res", None) is not None:
-                bow = {"arrowstyle": "->", "color": COLORS[1], "connectionstyle": "arc3,rad=-0.35"}
-                start, end = (left - gap + 0.03, 0.58), (left + width - 0.05, 0.6)
-                axis.annotate("", end, start, arrowprops=bow)
+            if net.layers[index - 1].res is not None:
+                axis.annotate("", (left + width - 0.05, 0.6), (left - gap + 0.03, 0.58), arrowprops=skip)
         if 0 < index < len(boxes) - 1:
             axis.text(left + width + gap / 2, 0.34, "ELU", ha="center", fontsize=7)
     axis.set(xlim=(-0.1, len(boxes) * (width + gap) - gap + 0.1), ylim=(-0.1, 0.95), title=title)
@@ -125,43 +115,35 @@ def draw_architecture(axis: Axes, net: GraphNet, *, title: str) -> None:
 
 
 def seed_points(
-    axis: Axes,
-    values: Mapping[str, Sequence[float]],
-    *,
-    xlabel: str,
-    title: str,
-    references: Mapping[str, float] | None = None,
-    papers: Mapping[str, float] | None = None,
-) -> None:
+    axis: Axes, values: Mapping[str, Sequence[float]], *, xlabel: str, title: str,
+    references: Mapping[str, float] | None = None, papers: Mapping[str, float] | None = None,
+) -> None:  # fmt: skip
     """One row a name, first on top: a small mark for every seed, a large one for their mean, and a line of one
     sample standard deviation to both sides; `references` are vertical lines with a name, `papers` what a paper
     reports for a row."""
-    for row, (name, seeds) in enumerate(values.items()):
+    for row, seeds in enumerate(values.values()):
         mean = float(np.mean(seeds))
-        color, text = COLORS[0], f"{mean:.4f}"
+        text = f"{mean:.4f}"
         if len(seeds) > 1:
             spread = float(np.std(seeds, ddof=1))
             axis.plot([mean - spread, mean + spread], [row, row], color="black", linewidth=1.5, zorder=2)
             axis.scatter(seeds, [row + 0.22] * len(seeds), s=12, color=COLORS[1], marker="|", zorder=3)
             text += f" ± {spread:.4f}"
-        axis.scatter(mean, row, s=42, color=color, zorder=4, label=name)
-        number = axis.annotate(
-            text, (mean, row), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="center"
-        )
-        number.set(bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # over the lines
-    marks = [
-        axis.axvline(value, color="black", linestyle=STYLES[1 + index % 3], linewidth=1, label=name)
-        for index, (name, value) in enumerate((references or {}).items())
-    ]
+        axis.scatter(mean, row, s=42, color=COLORS[0], zorder=4)
+        at = {"xytext": (0, 7), "textcoords": "offset points", "fontsize": 7.5, "ha": "center"}
+        over_the_lines = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.annotate(text, (mean, row), bbox=over_the_lines, **at)
+    for name, value in (references or {}).items():
+        axis.axvline(value, color="black", linestyle=STYLES[1], linewidth=1, label=name)
     if papers:
         rows = [list(values).index(name) for name in papers]
         look = {"marker": "D", "s": 34, "facecolors": "none", "edgecolors": COLORS[5], "label": "as papers report"}
-        marks.append(axis.scatter(list(papers.values()), rows, **look))
+        axis.scatter(list(papers.values()), rows, **look)
     axis.set_yticks(range(len(values)), list(values))
     axis.margins(x=0.16)  # room for the numbers
     axis.set(xlabel=xlabel, title=title, ylim=(len(values) - 0.4, -0.7))
-    if marks:
-        axis.legend(handles=marks, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=7.5, ncols=2)
+    if references or papers:
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=7.5, ncols=2)
 
 
 def head_points(
@@ -171,10 +153,10 @@ def head_points(
     `reference`."""
     axis.axhline(reference, color="black", linestyle=STYLES[1], linewidth=1)
     for index, (name, layers) in enumerate(scores.items()):
-        spots = [(layer, score) for layer, heads in enumerate(layers, 1) for score in heads]
-        x, y = np.array(spots).T
-        x += 0.24 * (index - (len(scores) - 1) / 2)
-        axis.scatter(x, y, color=COLORS[index], marker=MARKERS[index], s=26, alpha=0.85, label=name)
+        shift = 0.24 * (index - (len(scores) - 1) / 2)  # networks side by side
+        x = [layer + shift for layer, heads in enumerate(layers, 1) for _ in heads]
+        look = {"color": COLORS[index], "marker": MARKERS[index], "s": 26, "alpha": 0.85}
+        axis.scatter(x, list(chain.from_iterable(layers)), label=name, **look)
     depth = max(len(layers) for layers in scores.values())
     axis.set_xticks(range(1, depth + 1), [f"layer {layer}" for layer in range(1, depth + 1)])
     axis.set(ylabel=ylabel, title=title, xlim=(0.5, depth + 0.5))
