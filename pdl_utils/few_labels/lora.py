@@ -51,7 +51,6 @@ class LoRA(nn.Module):
         return y + self.updates[self.active](x) if self.active in self.updates else y
 
 
-@torch.no_grad()
 def add_lora(
     model: nn.Module, rank: int, alpha: float, targets: str = "*", *, name: str = "default",
     train: str | None = None, scaling: str = "standard", init_a: Callable[[Tensor], object] | None = None,
@@ -65,7 +64,7 @@ def add_lora(
             `model.named_modules()`, such as "layer4.*"; for a second adapter, layers that have the first.
         name: of this adapter, which becomes the active one.
         train: name of a module that learns as a whole, for all adapters, such as a new head "fc".
-        init_a: fills A's weight, (rank, in, *kernel), in place; by default it starts as any layer does.
+        init_a: fills A's weight, (rank, in, *kernel), as `nn.init.normal_` does; None: as in any layer.
 
     Raises:
         ValueError: rank < 1, an unknown scaling, a name that is taken or has a dot, or no layer fits `targets`.
@@ -144,19 +143,16 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Undo `merge_lora`, bit for bit; the model may have moved to another device or dtype since."""
-    for n, plain in list(model.named_modules()):
-        if hasattr(plain, "unmerged"):
-            (layer,) = plain.unmerged
-            layer.to(plain.weight.device, plain.weight.dtype).train(plain.training)
-            model.set_submodule(n, layer)
+    """Undo `merge_lora`, bit for bit, where the model is on the same device."""
+    for n, module in list(model.named_modules()):
+        if hasattr(module, "unmerged"):
+            model.set_submodule(n, module.unmerged[0])
 
 
 def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """One adapter alone, not copied: LAYER.lora_A, LAYER.lora_B and LAYER.lora_scale of its layers, and parameters
     (no buffers) of modules that learn as a whole. ValueError: there is no adapter of this name."""
-    learning = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
-    state = {key: p.detach() for key, p in learning if ".updates." not in key}
+    state = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad and ".updates." not in k}
     for n, layer in lora_layers(model, name).items():
         update = layer.updates[name]
         state[f"{n}.lora_A"] = update.A.weight.detach()

@@ -33,12 +33,7 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
 
     Returns:
         The mean over all 2N embeddings, a scalar in float32 or wider.
-
-    Raises:
-        ValueError: the two differ in shape, or N is 0.
     """
-    if z1.shape != z2.shape or z1.ndim != 2 or len(z1) == 0:
-        raise ValueError(f"two views of the same images are needed, (N, D) each; got {z1.shape}, {z2.shape}")
     row = torch.arange(2 * len(z1), device=z1.device)
     with torch.autocast(z1.device.type, enabled=False):  # bfloat16 would round similarities to 1/128
         z = torch.cat([z1, z2])
@@ -75,7 +70,7 @@ def pretrain(
     """Train `model`, normalised images → embeddings, on all `images` without labels.
 
     Args:
-        images: uint8 (N, 3, H, W).
+        images: uint8 (N, 3, H, W), of which `VIEW` draws two views.
         sizes: side of the views in pixels, one an epoch.
         loss: the embeddings of both views, (batch, D) each → a scalar, such as `nt_xent_loss`.
         part: see `Batches`.
@@ -97,14 +92,8 @@ def pretrain(
 
 
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20) -> float:
-    """Share of the queries whose label the k most similar features of the bank vote for, weighted by
-    exp(cosine / 0.1) (Wu et al. 2018, arXiv:1805.01978, sec. 3.4).
-
-    Args:
-        bank, queries: features (N, D) and (M, D).
-        bank_labels, labels: theirs, int64 (N,) and (M,).
-        k: number of neighbours; all N where there are fewer.
-    """
+    """Share of the queries (M, D) whose label, of int64 (M,), the k most similar features of the bank (N, D) vote
+    for, each with the weight exp(cosine / 0.1) (Wu et al. 2018, arXiv:1805.01978, sec. 3.4)."""
     similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T  # (M, N)
     similarity, nearest = similarity.topk(min(k, len(bank)))
     votes = similarity.new_zeros(len(queries), int(bank_labels.max()) + 1)
