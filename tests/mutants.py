@@ -119,7 +119,7 @@ MUTANTS = [
            "nn.Linear(outputs(encoder, images, recipe.size).shape[1], classes)",
            f"{TRANSFER}::test_fine_tuning_starts_from_the_probe_and_leaves_the_encoder_alone"),
     Mutant("frequent classes count more in the loss", "few_labels/transfer.py::train_on",
-           "F.cross_entropy(logits, batch[1], 1 / count)", "F.cross_entropy(logits, batch[1])",
+           "F.cross_entropy(logits, batch[1], F.pad(weight, (0, absent)))", "F.cross_entropy(logits, batch[1])",
            f"{TRANSFER}::test_every_class_counts_the_same_in_the_loss"),
     # LoRA
     Mutant("A and B both zero", "few_labels/lora.py::LowRank",
@@ -130,8 +130,7 @@ MUTANTS = [
            f"{LORA}::test_the_function_is_unchanged_at_first_and_the_frozen_network_for_good"),
     Mutant("alpha / rank, whatever the scaling", "few_labels/lora.py::LowRank",
            "rank if scaling == 'standard' else math.sqrt(rank)", "rank", f"{LORA}::test_start_and_scale"),
-    Mutant("merging forgets the scale", "few_labels/lora.py::LowRank",
-           "self.scale * (B @ A).flatten(0, 1)", "(B @ A).flatten(0, 1)", PEFT),
+    Mutant("merging forgets the scale", "few_labels/lora.py::merge_lora", "update.scale * BA", "BA", PEFT),
     # Training, files, results
     Mutant("resuming forgets the optimizer", "training.py::_resume",
            "parts if 'rng' in state else ['model']", "['model']", RESUMED),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdl_utils.datasets.sources import Provenance
-from pdl_utils.images import Augmentation, Batches
+from pdl_utils.images import Augmentation, Batches, outputs
 from pdl_utils.resnet import cifar_resnet18
 from pdl_utils.settings import bfloat16_is_faster
 from pdl_utils.training import History, fit, sgd
@@ -28,20 +28,12 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     other view of the same image.
 
     Args:
-        z1, z2: (N, D), embeddings of the first and of the second view, row by row of the same image; of
-            any length, they are normalised here.
+        z1, z2: (N, D), embeddings of the first and of the second view, row by row of the same image.
         temperature: with a small value, the most similar wrong candidates dominate the loss.
 
     Returns:
         The mean over all 2N embeddings, a scalar in float32 or wider.
-
-    Raises:
-        ValueError: the two differ in shape, or N is 0.
     """
-    if z1.shape != z2.shape or z1.ndim != 2 or len(z1) == 0:
-        raise ValueError(
-            f"two views of the same images are needed, (N, D) each; got {(*z1.shape,)}, {(*z2.shape,)}"
-        )
     row = torch.arange(2 * len(z1), device=z1.device)
     with torch.autocast(z1.device.type, enabled=False):  # bfloat16 would round similarities to 1/128
         z = torch.cat([z1, z2])
@@ -52,13 +44,8 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 class SimCLR(nn.Module):
-    """An encoder, and the projection that the loss compares and that is thrown away afterwards (sec. 2.1).
-
-    Args:
-        encoder: images → features (N, `features`), such as a ResNet without its last layer.
-        features: number of features.
-        projection: size of the embedding.
-    """
+    """An encoder, images → features (N, `features`), and the projection to what the loss compares, which is
+    thrown away afterwards (sec. 2.1)."""
 
     def __init__(self, encoder: nn.Module, features: int, projection: int = 128):
         super().__init__()
@@ -76,23 +63,14 @@ class SimCLR(nn.Module):
 
 
 def pretrain(
-    model: nn.Module,
-    images: Tensor,
-    sizes: list[int],
-    *,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    lr: float = 0.25,
-    weight_decay: float = 5e-4,
-    batch_size: int = 512,
-    augment: Augmentation = VIEW,
-    seed: int = 0,
-    part: tuple[int, int] = (0, 1),
-    **options: Any,
-) -> History:
+    model: nn.Module, images: Tensor, sizes: list[int], *, loss: Callable[[Tensor, Tensor], Tensor],
+    lr: float = 0.25, weight_decay: float = 5e-4, batch_size: int = 512, seed: int = 0,
+    part: tuple[int, int] = (0, 1), **options: Any,
+) -> History:  # fmt: skip
     """Train `model`, normalised images → embeddings, on all `images` without labels.
 
     Args:
-        images: uint8 (N, 3, H, W).
+        images: uint8 (N, 3, H, W), of which `VIEW` draws two views.
         sizes: side of the views in pixels, one an epoch.
         loss: the embeddings of both views, (batch, D) each → a scalar, such as `nt_xent_loss`.
         part: see `Batches`.
@@ -100,7 +78,7 @@ def pretrain(
     """
     device = next(model.parameters()).device
     batches = Batches(
-        images=images.to(device), sizes=sizes, augment=augment, batch_size=batch_size, seed=seed, part=part
+        images=images.to(device), sizes=sizes, augment=VIEW, batch_size=batch_size, seed=seed, part=part
     )
     optimizer, scheduler = sgd(model, lr, weight_decay, steps=len(sizes) * len(batches), warmup=len(batches))
 
@@ -111,6 +89,30 @@ def pretrain(
         model, batches, contrast, optimizer, epochs=len(sizes), scheduler=scheduler,
         autocast=bfloat16_is_faster(device), label="SimCLR", **options,
     )  # fmt: skip
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20) -> float:
+    """Share of the queries (M, D) whose label, of int64 (M,), the k most similar features of the bank (N, D) vote
+    for, each with the weight exp(cosine / 0.1) (Wu et al. 2018, arXiv:1805.01978, sec. 3.4)."""
+    similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T  # (M, N)
+    similarity, nearest = similarity.topk(min(k, len(bank)))
+    votes = similarity.new_zeros(len(queries), int(bank_labels.max()) + 1)
+    votes.scatter_add_(1, bank_labels[nearest], (similarity / 0.1).exp())
+    return (votes.argmax(1) == labels).float().mean().item()
+
+
+def knn_monitor(
+    images: Tensor, labels: Tensor, bank: int, queries: int
+) -> Callable[[nn.Module], dict[str, float]]:
+    """An `evaluate` callback for `fit`: kNN accuracy of `model.encoder`, with the first images as the bank and the
+    next ones as queries. The labels measure the features; no loss sees them."""
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        features = outputs(model.encoder, images[: bank + queries])
+        known = labels[: bank + queries].to(features.device)
+        return {"knn": knn_accuracy(features[:bank], known[:bank], features[bank:], known[bank:])}
+
+    return evaluate
 
 
 def cifar_encoder(width: int = 64, stem_stride: int = 1) -> tuple[nn.Module, int]:

@@ -5,13 +5,11 @@ import math
 import pytest
 import torch
 from lightly.loss import NTXentLoss
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pdl_utils.few_labels import SimCLR, cifar_encoder, knn_monitor, nt_xent_loss, pretrain
+from pdl_utils.few_labels import SimCLR, cifar_encoder, knn_accuracy, knn_monitor, nt_xent_loss, pretrain
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.5])
-@pytest.mark.parametrize("shape", [(2, 3), (33, 5)])
+@pytest.mark.parametrize(("shape", "temperature"), [((1, 4), 0.5), ((2, 3), 0.1), ((33, 5), 0.5)])
 def test_the_loss_and_its_gradient_equal_those_of_lightly(shape, temperature):
     torch.manual_seed(0)
     ours = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
@@ -31,15 +29,6 @@ def test_the_loss_by_hand():
     assert nt_xent_loss(3 * z, 7 * z, 0.5).item() == pytest.approx(expected, rel=1e-6)  # length is no matter
 
 
-def test_a_view_is_neither_its_own_negative_nor_its_own_positive():
-    """With one image the only other embedding is the right answer: the loss is 0 whatever it is. And equal
-    embeddings tell nothing: every one of the 2N − 1 others is as likely."""
-    torch.manual_seed(0)
-    assert nt_xent_loss(torch.randn(1, 4), torch.randn(1, 4)).item() == pytest.approx(0, abs=1e-6)
-    z = torch.ones(10, 4)
-    assert nt_xent_loss(z, z, 0.2).item() == pytest.approx(math.log(19), rel=1e-5)
-
-
 def test_the_loss_is_computed_in_float32_under_autocast():
     z = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
@@ -50,10 +39,13 @@ def test_the_loss_is_computed_in_float32_under_autocast():
     assert half.item() == pytest.approx(inside.item(), rel=2e-2)
 
 
-@pytest.mark.parametrize("shapes", [((3, 4), (2, 4)), ((0, 4), (0, 4)), ((4,), (4,))])
-def test_views_that_do_not_match_are_refused(shapes):
-    with pytest.raises(ValueError, match="two views of the same images"):
-        nt_xent_loss(*map(torch.zeros, shapes))
+def test_knn_accuracy():
+    bank = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]])
+    queries = torch.tensor([[5.0, 0.5], [0.2, 3], [1, 0]])
+    accuracy = knn_accuracy(bank, torch.tensor([0, 0, 1, 1]), queries, torch.tensor([0, 1, 1]), k=2)
+    assert accuracy == pytest.approx(2 / 3)
+    near = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])  # one at cosine 1 outweighs two at 0.6
+    assert knn_accuracy(near, torch.tensor([0, 1, 1]), queries[2:], torch.tensor([0])) == 1
 
 
 def two_kinds(count=64):
@@ -69,13 +61,6 @@ def two_kinds(count=64):
 def small_model():
     torch.manual_seed(0)
     return SimCLR(*cifar_encoder(16, 2))
-
-
-def test_forward_gives_embeddings_of_normalised_images():
-    model = small_model()
-    x = torch.randn(4, 3, 32, 32)
-    assert torch.equal(model(x), model.projector(model.encoder(x)))
-    assert model(x).shape == (4, 128)
 
 
 def test_pretraining_learns_and_a_monitor_measures_it():
@@ -103,9 +88,3 @@ def test_stopped_it_goes_on_to_the_same_weights(tmp_path):
     run("pieces.pt", stop_after=1)
     pieces = run("pieces.pt")
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
-
-
-def test_the_loss_answers_on_the_device_of_its_inputs():
-    with FakeTensorMode():
-        loss = nt_xent_loss(torch.empty(8, 4, device="cuda"), torch.empty(8, 4, device="cuda"))
-        assert loss.device.type == "cuda"

@@ -7,7 +7,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pdl_utils.datasets import LabelledImages, Provenance
 from pdl_utils.few_labels import (
@@ -15,8 +14,6 @@ from pdl_utils.few_labels import (
     Recipe,
     fine_tune,
     five_digits,
-    knn_accuracy,
-    knn_votes,
     linear_probe,
     measure,
     mlp,
@@ -28,7 +25,7 @@ from pdl_utils.few_labels import (
     train_on,
     without_head,
 )
-from pdl_utils.images import Augmentation, normalize, outputs, top1
+from pdl_utils.images import Augmentation, normalize, outputs
 from pdl_utils.resnet import cifar_resnet18
 
 
@@ -79,24 +76,6 @@ def test_scores_and_outcomes_of_probes():
     assert probe_scores([1.0, 0.1], [shifted], test, 3) == pytest.approx([0, 0], abs=0.1)
 
 
-def test_knn_accuracy():
-    bank = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]])
-    queries = torch.tensor([[5.0, 0.5], [0.2, 3], [1, 0]])
-    accuracy = knn_accuracy(bank, torch.tensor([0, 0, 1, 1]), queries, torch.tensor([0, 1, 1]), k=2)
-    assert accuracy == pytest.approx(2 / 3)
-    near = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])  # one at cosine 1 outweighs two at 0.6
-    assert knn_accuracy(near, torch.tensor([0, 1, 1]), queries[2:], torch.tensor([0])) == 1
-
-
-def test_training_fits_its_images_and_ends_in_eval_mode():
-    images, labels = pictures()
-    model = small_resnet()
-    history = train_on(model, images, labels, Recipe(30, lr=0.05, weight_decay=1e-4, batch_size=8))
-    assert not model.training
-    assert history["loss"][-1] < 0.3 < history["loss"][0]
-    assert top1(model, images, labels) > 0.9
-
-
 class Counting(nn.Module):
     """Counts the batches it is trained on; its logits are a parameter each class."""
 
@@ -135,15 +114,6 @@ def test_the_seed_decides_about_order_and_augmentation():
         weights.append(model.layer4[0].conv1.weight.detach())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-
-
-def test_frozen_parameters_stay():
-    model = small_resnet().requires_grad_(False)
-    model.fc.requires_grad_(True)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    train_on(model, *pictures(), Recipe(3, lr=0.1, weight_decay=0.1, batch_size=8))
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"fc.weight", "fc.bias"}
 
 
 def test_without_its_head_a_network_gives_the_same_features_without_batch_norms():
@@ -230,9 +200,3 @@ def test_five_digits_split_without_overlap_and_an_mlp_learns_them():
     assert not net.training
     assert share_right(net, test) > 0.9
     assert share_right(net, (test[0], (test[1] + 1) % 5)) < 0.1
-
-
-def test_votes_of_neighbours_are_on_the_device_of_the_features():
-    with FakeTensorMode():
-        features, labels = torch.empty(30, 8, device="cuda"), torch.empty(30, dtype=torch.int64, device="cuda")
-        assert knn_votes(features, labels, features[:5], 10).device.type == "cuda"
