@@ -66,14 +66,6 @@ def test_each_change_of_colours_is_that_of_torchvision():
     assert_within_one(together, (255 * step_by_step).round().to(torch.uint8))
 
 
-def test_each_image_has_its_own_change():
-    images = noise(2, 8, 70, 160)
-    factor = torch.tensor([1.0, 0.5])
-    dark = change_colors(images, factor, torch.ones(2), torch.ones(2), torch.zeros(2))
-    assert torch.equal(dark[0], images[0])
-    assert_within_one(dark[1], images[1] // 2)
-
-
 def test_a_turned_hue_keeps_grey_and_turns_red_towards_yellow():
     pixels = torch.tensor([[128, 128, 128], [153, 77, 77]], dtype=torch.uint8).view(2, 3, 1, 1)
     angle = torch.full((2,), math.tau / 10)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,10 +87,6 @@ print(bfloat16_is_faster(torch.device("cpu")))
     assert ran.stdout.strip() == "False"
 
 
-def test_the_repository_is_where_the_package_is():
-    assert (settings.REPOSITORY / "pyproject.toml").exists()
-
-
 def test_the_data_root(monkeypatch, tmp_path):
     monkeypatch.setenv("PDL_DATA", str(tmp_path))
     assert settings.data_root() == tmp_path
@@ -113,12 +108,3 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path):
         save_atomically(half, file)
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
     assert file.read_text() == "old"
-
-
-def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
-    events = []
-    monkeypatch.setattr(os, "fsync", lambda number: events.append(os.fstat(number).st_size))
-    replace = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
-    save_atomically(lambda partial: partial.write_text("new"), tmp_path / "file")
-    assert events == [3, "replace"]

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from pdl_utils.training import (
-    History,
     NonFiniteLoss,
     UnusableState,
     fit,
@@ -267,7 +266,3 @@ def test_schedule_and_decay_groups():
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-
-
-def test_history_of_nothing_is_empty():
-    assert History()["loss"] == []
