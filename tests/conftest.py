@@ -88,7 +88,7 @@ def fresh_data(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("PDL_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(sources, "_network", sources.Network())
+    monkeypatch.setattr(sources, "_tried", {})
     monkeypatch.setattr(sources, "PAUSE", 0.0)
 
 
