@@ -30,7 +30,7 @@ WNIDS = ["n01443537", "n02123045"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault(name, times=1): a case of the fault `name` in docs/reliability.md")
+    config.addinivalue_line("markers", "fault(name): a case of the fault `name` in docs/reliability.md")
 
 
 class FileServer(ThreadingHTTPServer):
