@@ -30,7 +30,7 @@ WNIDS = ["n01443537", "n02123045"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault(name, times=1): a case of the fault `name` in docs/reliability.md")
+    config.addinivalue_line("markers", "fault(name): a case of the fault `name` in docs/reliability.md")
 
 
 class FileServer(ThreadingHTTPServer):
@@ -88,7 +88,7 @@ def fresh_data(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("PDL_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(sources, "_network", sources.Network())
+    monkeypatch.setattr(sources, "_tried", {})
     monkeypatch.setattr(sources, "PAUSE", 0.0)
 
 

@@ -1,7 +1,5 @@
-"""Real data first, never silently something else.
-
-`obtain` is the one place that decides where a data set comes from: verified files under the data root,
-else the official source through the official loader, else an offline stand-in. It prints what it used.
+"""`obtain`, the one place that decides where a data set comes from: verified files under the data root, else the
+official source through the official loader, else an offline stand-in. It prints what it used.
 The environment has the last word:
 
     PDL_DATA=folder       the data root (default: `data/` of the checkout)
@@ -32,17 +30,12 @@ from pdl_utils.settings import data_root, flag
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds between two attempts
 STALL = 20.0  # seconds without a byte after which a download has failed
+PATIENCE = 4.0  # seconds for all silent hosts together: offline, six data sets must not wait six times
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origin of a data set or of weights.
-
-    Attributes:
-        name: what it is, "CIFAR-10".
-        source: where it came from, "official files" or "stand-in: crops of sample photographs".
-        real: False for a stand-in.
-    """
+    """Origin of a data set or of weights: "CIFAR-10", "official files". `real` is False for a stand-in."""
 
     name: str
     source: str
@@ -104,15 +97,14 @@ def obtain(
 
     Args:
         name: what people call it, "CIFAR-10".
-        folder: where its files live, directly below the data root (or its only file); what `download`
-            creates.
+        folder: its folder (or its only file) below the data root; what `download` creates.
         read: `read(root / folder)` checks the files and loads them. It raises `DamagedFile` for one that
             is missing or wrong; that file is named, and the data set fetched again.
-        download: `download(root)` runs the official loader, which creates `root / folder`. It works in
-            a folder of its own; only what `read` then accepts is moved to the data root, in one step.
+        download: `download(root)` runs the official loader in a folder of its own; only what `read` then
+            accepts is moved to the data root, in one step.
         url: what the loader fetches, or part of it: its host is asked whether there is a network.
-        stand_in: makes what serves offline; None if there is nothing. Weights that were trained on real
-            data say so in their provenance and satisfy `PDL_REQUIRE_REAL` too.
+        stand_in: makes what serves offline, if anything does. It satisfies `PDL_REQUIRE_REAL` if its
+            provenance is real: weights that were trained on real data.
         root: the data root, if not `data_root()`.
 
     Raises:
@@ -207,37 +199,27 @@ def careful_downloads() -> Iterator[None]:
         tarfile.TarFile.extraction_filter = staticmethod(extraction) if extraction else None
 
 
-class Network:
-    """What this process knows of the network. Each host is tried once, and hosts that stay silent may take
-    `patience` seconds in all: offline, six data sets must not wait six times."""
-
-    def __init__(self, patience: float = 4.0) -> None:
-        self.patience = self.left = patience
-        self.known: dict[tuple[str, int], bool] = {}
-
-    def answers(self, host: str, port: int) -> bool:
-        """Does the host accept a connection?"""
-        if (host, port) not in self.known:
-            limit = max(0.0, min(self.left, self.patience / 2))
-            connected = threading.Event()
-
-            def connect() -> None:
-                # Half the limit, so that an address family that leads nowhere leaves time for the other.
-                with contextlib.suppress(OSError), socket.create_connection((host, port), limit / 2):
-                    connected.set()
-
-            # In a thread, because looking up a name takes no time-out and may hang for half a minute.
-            started = time.monotonic()
-            thread = threading.Thread(target=connect, daemon=True)
-            thread.start()
-            thread.join(limit)
-            self.known[host, port] = connected.is_set()
-            if not connected.is_set():
-                self.left -= time.monotonic() - started
-        return self.known[host, port]
+_tried: dict[tuple[str, int], float | None] = {}  # (host, port) → seconds it was silent, None if it answered
 
 
-_network = Network()
+def _answers(host: str, port: int) -> bool:
+    """Does the host accept a connection? Each is tried once."""
+    if (host, port) not in _tried:
+        limit = max(0.0, min(PATIENCE / 2, PATIENCE - sum(filter(None, _tried.values()))))
+        connected = threading.Event()
+
+        def connect() -> None:
+            # Half the limit, so that an address family that leads nowhere leaves time for the other.
+            with contextlib.suppress(OSError), socket.create_connection((host, port), limit / 2):
+                connected.set()
+
+        # In a thread, because looking up a name takes no time-out and may hang for half a minute.
+        started = time.monotonic()
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        thread.join(limit)
+        _tried[host, port] = None if connected.is_set() else time.monotonic() - started
+    return _tried[host, port] is None
 
 
 def network_problem(url: str) -> str | None:
@@ -250,6 +232,6 @@ def network_problem(url: str) -> str | None:
     if proxy and not urllib.request.proxy_bypass(target.hostname):
         target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     port = target.port or {"http": 80, "https": 443}[target.scheme]
-    if not _network.answers(target.hostname, port):
+    if not _answers(target.hostname, port):
         return f"{target.hostname} does not answer (no network?)"
     return None

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import skimage.data
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
+
+
+def _sklearn_photo(name: str) -> np.ndarray:
+    from sklearn.datasets import load_sample_image  # here, because it takes seconds
+
+    return load_sample_image(name)
+
 
 TEXTURES: dict[str, Callable[[], np.ndarray]] = {
     "brick": skimage.data.brick,
     "cat fur": skimage.data.chelsea,
     "coffee": skimage.data.coffee,
-    "flower": lambda: load_sample_image("flower.jpg"),
+    "flower": partial(_sklearn_photo, "flower.jpg"),
     "grass": skimage.data.grass,
     "gravel": skimage.data.gravel,
     "motorcycle": lambda: skimage.data.stereo_motorcycle()[0],
     "stars": skimage.data.hubble_deep_field,
-    "temple": lambda: load_sample_image("china.jpg"),
+    "temple": partial(_sklearn_photo, "china.jpg"),
     "tissue": skimage.data.immunohistochemistry,
 }
 """Class name → the photograph, (H, W) or (H, W, 3) uint8, that its crops are cut from."""
 
-# What each shows, and its ImageNet class where it has one. The cat comes first.
+# Each with what it shows, and its ImageNet class where it has one.
 PHOTOGRAPHS: list[tuple[Callable[[], np.ndarray], str, str | None]] = [
     (skimage.data.chelsea, "tabby", "n02123045"),
     (skimage.data.coffee, "espresso", "n07920052"),
@@ -61,7 +68,7 @@ def texture_crops(train: int = 5000, test: int = 1000, seed: int = 0) -> tuple[S
         cells = [grid_cells(*photo.size, held_out) for photo in photos]
         crops = np.stack([_random_crop(photos[label], cells[label], rng) for label in labels.tolist()])
         splits.append((torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous(), labels))
-    return splits[0], splits[1]
+    return tuple(splits)
 
 
 def grid_cells(width: int, height: int, held_out: bool) -> list[tuple[int, int, int]]:
@@ -92,6 +99,8 @@ def digits(seed: int = 0) -> tuple[Split, Split]:
     Returns:
         (images, labels) of the training (4 of 5) and of the test split: uint8 (N, 1, 28, 28), int64 (N,).
     """
+    from sklearn.datasets import load_digits  # here, because it takes seconds
+
     small = load_digits()
     images = torch.zeros(len(small.images), 1, 28, 28, dtype=torch.uint8)
     for image, digit in zip(images, small.images, strict=True):
