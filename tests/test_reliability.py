@@ -304,7 +304,7 @@ def bomb(tmp_path) -> Iterator[Bomb]:
 def test_a_pickle_to_resume_from_is_not_run(zipped, bomb, tmp_path):
     file = tmp_path / "state.pt"
     torch.save({"model": bomb}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UnusableState, match=r"state\.pt is damaged \(UnpicklingError\)"):
+    with pytest.raises(UnusableState, match=r"state\.pt is damaged .*UnpicklingError"):
         train(2, file)
 
 
