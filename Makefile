@@ -16,7 +16,7 @@ NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=150 --timeout=200 
 
 notebooks: $(VENV)/.ready
 	PYTHON=$(BIN)/python sh scripts/run_notebooks.sh build/notebooks $(NOTEBOOKS)
-	@echo "executed notebooks and their HTML: build/notebooks/ (formulas in the HTML need a network)"
+	@echo "executed notebooks and their HTML: build/notebooks/"
 
 test: $(VENV)/.ready-test
 	$(QUICKLY) $(BIN)/python -m pytest tests

@@ -13,8 +13,6 @@ if [ "$folder" = --in-place ]; then out=$(mktemp -d) && trap 'rm -rf "$out"' EXI
 plain="--ExecutePreprocessor.record_timing=False --ClearMetadataPreprocessor.enabled=True
   --ClearMetadataPreprocessor.clear_cell_metadata=False"
 kept='--ClearMetadataPreprocessor.preserve_nb_metadata_mask={"kernelspec", ("language_info", "name")}'
-# nbconvert sets code inside Markdown outputs, which show_source makes, in the font of prose.
-style='<style>.jp-RenderedMarkdown pre { font-family: var(--jp-code-font-family) !important }</style>'
 
 "$python" -c 'from pdl_utils.settings import get_profile; print("profile:", get_profile())' || exit 1
 number=0
@@ -35,7 +33,7 @@ for notebook in "$@"; do
   if [ "$folder" = --in-place ]; then
     mv "$out/$name.ipynb" "$notebook"
   else
-    "$python" -m nbconvert --log-level=ERROR --to html "$out/$name.ipynb" --stdout | sed "s|</head>|$style</head>|" >"$out/$name.html"
+    "$python" "$(dirname "$0")/to_html.py" "$out/$name.ipynb" "$out/$name.html"
   fi
 done
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

@@ -15,7 +15,7 @@ from pdl_utils.settings import REPOSITORY
 
 TOPICS = {"grad_cam", "graphs", "few_labels"}
 PYPROJECT = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-TOOLS = {"jupyterlab", "nbconvert"}  # declared because README's commands call them, not because they are imported
+TOOLS = {"jupyterlab"}  # declared because README calls it, not because it is imported
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
@@ -119,6 +119,7 @@ def test_readme_is_one_page():
 
 def notebook(path, *sources):
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
+    made.cells.append(nbformat.v4.new_markdown_cell("the feature $x_i$"))
     made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(made, path)
     return path
@@ -140,7 +141,9 @@ def test_the_runner_writes_copies_and_html_and_fails_when_a_cell_does(tmp_path):
     bad = notebook(tmp_path / "bad.ipynb", "1 / 0")
     before = bad.read_bytes()
     assert run(tmp_path / "out", good).returncode == 0
-    assert "42 seconds" in (tmp_path / "out" / "good.html").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "good.html").read_text(encoding="utf-8")
+    assert "42 seconds" in page
+    assert "<msub><mi>x</mi><mi>i</mi></msub>" in page  # a formula that needs no network
     ran = run("--in-place", bad, good)
     assert ran.returncode == 1
     assert "failed: bad" in ran.stderr
