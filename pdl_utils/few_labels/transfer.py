@@ -117,6 +117,28 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int, C: float = 0.01
     return probe.requires_grad_(False)
 
 
+def self_train(
+    features: Tensor,
+    labels: Tensor,
+    unlabelled: Tensor,
+    classes: int,
+    C: float,
+    rounds: int = 3,
+    share: float = 0.05,
+) -> nn.Linear:
+    """A `linear_probe` that learns from its own guesses as well (pseudo-labels, Lee 2013). In each round, the
+    guesses for `unlabelled`, (M, D), that it is surest of count as labels of the next fit: up to `share` · M of
+    each class, or the classes that are easily recognised would crowd out the others."""
+    probe = linear_probe(features, labels, classes, C)
+    for _ in range(rounds):
+        confidence, guesses = probe(unlabelled).softmax(1).max(1)
+        order = confidence.argsort(descending=True)
+        sure = torch.cat([order[guesses[order] == c][: int(share * len(order))] for c in range(classes)])
+        pseudo = guesses[sure].to(labels.device)
+        probe = linear_probe(torch.cat([features, unlabelled[sure]]), torch.cat([labels, pseudo]), classes, C)
+    return probe
+
+
 def fine_tune(
     encoder: nn.Module, images: Tensor, labels: Tensor, classes: int, recipe: Recipe, C: float, seed: int = 0,
     rank: int | None = None,
@@ -220,10 +242,16 @@ def probe_scores(
     return [sum(share_right(probe, judge) for probe in fitted) / len(sets) for fitted in probes]
 
 
-def probe_outcome(labelled: Examples, test: Examples, classes: int, C: float) -> Outcome:
-    """What a linear probe reaches on other features. Nothing in it is random: one run."""
+def probe_outcome(
+    labelled: Examples, test: Examples, classes: int, C: float, unlabelled: Tensor | None = None
+) -> Outcome:
+    """What a linear probe reaches on other features, or `self_train` if there are unlabelled ones. Nothing in
+    either is random: one run."""
     started = time.perf_counter()
-    probe = linear_probe(*labelled, classes, C)
+    if unlabelled is None:
+        probe = linear_probe(*labelled, classes, C)
+    else:
+        probe = self_train(*labelled, unlabelled, classes, C)
     seconds = time.perf_counter() - started
     return Outcome(probe(test[0]).softmax(1)[None].cpu(), test[1], seconds)
 

@@ -20,6 +20,7 @@ from pdl_utils.few_labels import (
     probe_outcome,
     probe_scores,
     recipe_scores,
+    self_train,
     share_right,
     train_adam,
     train_on,
@@ -60,6 +61,19 @@ def test_the_probe_is_scikit_learns_logistic_regression(classes):
     )
     unseen = [c for c in range(4) if c not in classes]
     assert (ours[:, unseen] < 1e-6).all()  # no example, no guess
+
+
+def test_pseudo_labels_improve_a_probe_of_few_labels():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 3
+    features = torch.randn(600, 20, generator=generator) + 3 * torch.eye(20)[labels]
+    few, test = (features[:6], labels[:6]), (features, labels)
+    probe = linear_probe(*few, 3, C=0.1)
+    taught = self_train(*few, features, 3, C=0.1)
+    assert share_right(taught, test) > share_right(probe, test) + 0.05
+    assert torch.equal(self_train(*few, features, 3, C=0.1, rounds=0).weight, probe.weight)
+    assert probe_outcome(few, test, 3, 0.1, features).accuracy == [share_right(taught, test)]
+    assert probe_outcome(few, test, 3, 0.1).accuracy == [share_right(probe, test)]
 
 
 def test_scores_and_outcomes_of_probes():
