@@ -31,9 +31,9 @@ CHOSEN = [
     ("2_graph_attention", "GAT + skips, test micro-F1", "PPI, micro-F1: GAT"),
     ("2_graph_attention", "GATv2 + skips, test micro-F1", "PPI, micro-F1: GATv2"),
     ("3_transfer_learning", "100 labels: scratch, nothing", "CIFAR-10, 100 labels: from scratch"),
-    ("3_transfer_learning", "100 labels: transfer, fine-tuned, enlarged", "CIFAR-10, 100 labels: transfer"),
+    ("3_transfer_learning", "100 labels: transfer + mirror, probe", "CIFAR-10, 100 labels: transfer"),
     ("3_transfer_learning", "100 labels: SimCLR, fine-tuned", "CIFAR-10, 100 labels: SimCLR"),
-    ("3_transfer_learning", "100 labels: both, fine-tuned, averaged", "CIFAR-10, 100 labels: both, averaged"),
+    ("3_transfer_learning", "100 labels: transfer + mirror, pseudo-labels", "CIFAR-10, 100 labels: pseudo-labels"),
 ]
 MARKERS = ("<!-- results -->", "<!-- end of results -->")  # in README.md, around its table
 COLUMNS = ("paper", "public")
