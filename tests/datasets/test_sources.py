@@ -25,12 +25,6 @@ from pdl_utils.datasets import sources
 from pdl_utils.settings import data_root
 
 pytestmark = pytest.mark.usefixtures("fresh_data")
-DAMAGE = {
-    "half": lambda content: content[: len(content) // 2],
-    "empty": lambda content: b"",
-    "zeros": lambda content: bytes(len(content)),
-    "missing": None,
-}
 
 
 def tree(root: Path) -> dict[str, tuple[int, int]]:
@@ -103,11 +97,15 @@ def test_truncated_download_is_named_and_fetched_again(official, file_server, ca
 
 
 @pytest.mark.fault("damaged files")
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: bytes(len(c)), None],
+    ids=["half", "empty", "zeros", "missing"],
+)
 def test_damaged_local_file_is_named_never_used_and_fetched_again(official, damage, contents, capsys, monkeypatch):
     whole = contents(official.load())
     path = data_root() / official.damaged
-    path.write_bytes(DAMAGE[damage](path.read_bytes())) if DAMAGE[damage] else path.unlink()
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     monkeypatch.setenv("PDL_OFFLINE", "1")
     monkeypatch.setenv("PDL_REQUIRE_REAL", "1")
     capsys.readouterr()
