@@ -246,7 +246,8 @@ def test_an_exception_in_the_callers_code_leaves_no_hook_no_mode_and_no_gradient
             raise ZeroDivisionError
 
     with torch.no_grad():
-        pytest.raises(ZeroDivisionError, err)
+        with pytest.raises(ZeroDivisionError):
+            err()
         assert not torch.is_grad_enabled()
     assert not model[0]._forward_hooks
     assert [module.training for module in model.modules()] == [True, False, True]
