@@ -7,15 +7,15 @@ import hashlib
 import importlib
 import io
 import pickle
+import shutil
 import struct
-import tarfile
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -95,23 +95,25 @@ def fresh_data(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
 # Small data sets in their official formats, served on this machine
 
 
+def write_files(files: dict[str, bytes], root: Path) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
 @dataclass
 class Official:
-    """`files` is the data set's tree below the data root; `damaged` the one that tests damage; `archive` its name
-    at the official source; `serve(content)` puts another archive there, under the checksum that is expected."""
+    """`files` is the data set's tree below the data root; `damaged` the one that tests damage; `serve(content)`
+    puts another archive in the official source's place, under the checksum that is expected."""
 
     load: Callable[[], object]
     folder: str
     files: dict[str, bytes]
     damaged: str
-    archive: str
-    serve: Callable[[bytes], None]
-    has_stand_in: bool = True
+    serve: Callable[[bytes], None] | None = None
 
     def write(self) -> Path:
-        for name, content in self.files.items():
-            (data_root() / name).parent.mkdir(parents=True, exist_ok=True)
-            (data_root() / name).write_bytes(content)
+        write_files(self.files, data_root())
         return data_root()
 
 
@@ -125,22 +127,11 @@ def jpeg(side: int, colour: tuple[int, int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def tar(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def zipped(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
+def packed(files: dict[str, bytes], form: str) -> bytes:
+    """An archive, "gztar" or "zip"."""
+    with TemporaryDirectory() as folder:
+        write_files(files, Path(folder, "files"))
+        return Path(shutil.make_archive(f"{folder}/archive", form, f"{folder}/files")).read_bytes()
 
 
 def make_cifar10(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
@@ -156,14 +147,13 @@ def make_cifar10(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
         server.files["cifar.tar.gz"] = content
         patch.setattr(CIFAR10, "tgz_md5", md5(content))
 
-    serve(tar(files))
+    serve(packed(files, "gztar"))
     patch.setattr(CIFAR10, "url", server.url + "cifar.tar.gz")
     patch.setattr(CIFAR10, "filename", "cifar.tar.gz")
     patch.setattr(CIFAR10, "train_list", [[n, md5(c)] for n, c in parts.items() if n.startswith("data")])
     patch.setattr(CIFAR10, "test_list", [["test_batch", md5(parts["test_batch"])]])
     patch.setitem(CIFAR10.meta, "md5", md5(parts["batches.meta"]))
-    damaged = "cifar-10-batches-py/data_batch_3"
-    return Official(small_images.cifar10, "cifar-10-batches-py", files, damaged, "cifar.tar.gz", serve)
+    return Official(small_images.cifar10, "cifar-10-batches-py", files, "cifar-10-batches-py/data_batch_3", serve)
 
 
 def make_mnist(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
@@ -179,8 +169,7 @@ def make_mnist(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
     patch.setattr(MNIST, "resources", [(name, md5(content)) for name, content in packed.items()])
     patch.setattr(small_images, "MNIST_MD5", {name: md5(content) for name, content in parts.items()})
     files = {f"MNIST/raw/{name}": content for name, content in parts.items()}
-    damaged = "MNIST/raw/train-labels-idx1-ubyte"
-    return Official(small_images.mnist, "MNIST", files, damaged, "train-images-idx3-ubyte.gz", serve=None)
+    return Official(small_images.mnist, "MNIST", files, "MNIST/raw/train-labels-idx1-ubyte")
 
 
 def make_imagenette(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
@@ -189,17 +178,13 @@ def make_imagenette(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
         f"imagenette2-320/{part}/{wnid}/{wnid}_{i}.JPEG": jpeg(40, (20 * k, 100, 200))
         for part in ("train", "val") for k, wnid in enumerate(wnids) for i in range(2)
     }  # fmt: skip
-    url = server.url + "imagenette2-320.tgz"
-
-    def serve(content: bytes) -> None:
-        server.files["imagenette2-320.tgz"] = content
-        patch.setitem(Imagenette._ARCHIVES, "320px", (url, md5(content)))
-
-    serve(tar(files))
+    url, content = server.url + "imagenette2-320.tgz", packed(files, "gztar")
+    server.files["imagenette2-320.tgz"] = content
+    patch.setitem(Imagenette._ARCHIVES, "320px", (url, md5(content)))
     patch.setattr(photos, "IMAGENETTE_URL", url)
     patch.setattr(photos, "IMAGENETTE_COUNT", 2 * len(wnids))
     damaged = f"imagenette2-320/val/{wnids[3]}/{wnids[3]}_1.JPEG"
-    return Official(photos.imagenet_photos, "imagenette2-320", files, damaged, "imagenette2-320.tgz", serve)
+    return Official(photos.imagenet_photos, "imagenette2-320", files, damaged)
 
 
 def make_tiny_imagenet(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
@@ -219,12 +204,11 @@ def make_tiny_imagenet(server: FileServer, patch: pytest.MonkeyPatch) -> Officia
         server.files["tiny.zip"] = content
         patch.setattr(tiny_imagenet, "MD5", md5(content))
 
-    serve(zipped(files))
+    serve(packed(files, "zip"))
     patch.setattr(tiny_imagenet, "URL", server.url + "tiny.zip")
     patch.setattr(tiny_imagenet, "VAL_COUNT", 2)
     damaged = f"tiny-imagenet-200/train/{WNIDS[1]}/images/{WNIDS[1]}_2.JPEG"
-    load = partial(tiny_imagenet.tiny_imagenet, "train")
-    return Official(load, "tiny-imagenet-200", files, damaged, "tiny.zip", serve, has_stand_in=False)
+    return Official(partial(tiny_imagenet.tiny_imagenet, "train"), "tiny-imagenet-200", files, damaged, serve)
 
 
 MAKERS = {"cifar10": make_cifar10, "mnist": make_mnist, "photos": make_imagenette, "tiny": make_tiny_imagenet}

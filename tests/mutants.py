@@ -148,7 +148,7 @@ MUTANTS = [
            "found != listed", "False", "test_weights.py::test_a_damaged_file_is_named"),
     Mutant("files with another MD5 are taken", "datasets/sources.py::verify_md5",
            "not check_md5(folder / name, md5)", "False",
-           "datasets/test_sources.py::test_damaged_local_file_is_never_used_offline"),
+           "datasets/test_sources.py::test_damaged_local_file_is_named_never_used_and_fetched_again"),
     Mutant("a stand-in where real data are required", "datasets/sources.py::obtain",
            "flag('PDL_REQUIRE_REAL')", "False", "datasets/test_sources.py::test_require_real_says_what_to_do"),
     Mutant("figures do not name a stand-in", "datasets/sources.py::Provenance",

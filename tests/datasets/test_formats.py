@@ -8,7 +8,6 @@ import pickle
 import socket
 from collections.abc import Callable
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -111,15 +110,11 @@ def test_own_photographs_come_first_and_unreadable_ones_stay(capsys):
     folder = data_root() / "imagenet-samples" / "one_per_class"
     folder.mkdir(parents=True)
 
-    def write(path: Path, side: int, cut: int = 0) -> None:
-        buffer = BytesIO()
-        Image.new("RGB", (side, side), (0, 0, 255)).save(buffer, "JPEG")
-        path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) - cut])
-
-    write(folder.parent / "a holiday.jpg", 50)
-    write(folder / "n02123045_tabby.jpg", 60)
-    write(folder / "n01443537_gold_fish.JPG", 70)
-    write(folder / "n02099601_half.jpg", 80, cut=40)
+    names = ("../a holiday.jpg", "n02123045_tabby.jpg", "n01443537_gold_fish.JPG", "n02099601_half.jpg")
+    for name, side in zip(names, (50, 60, 70, 80), strict=True):
+        Image.new("RGB", (side, side), (0, 0, 255)).save(folder / name)
+    half = folder / names[-1]
+    half.write_bytes(half.read_bytes()[:-40])
     (folder / "notes.txt").touch()
     data = imagenet_photos(prefer=["n02123045"])
     assert data.names == ["tabby", "gold fish", None]
@@ -127,7 +122,7 @@ def test_own_photographs_come_first_and_unreadable_ones_stay(capsys):
     assert [image.width for image in data.images] == [60, 70, 50]
     assert data.provenance.real
     assert "n02099601_half.jpg cannot be decoded" in capsys.readouterr().out
-    assert (folder / "n02099601_half.jpg").exists()
+    assert half.exists()
 
 
 # Stand-ins
@@ -135,11 +130,9 @@ def test_own_photographs_come_first_and_unreadable_ones_stay(capsys):
 
 @pytest.fixture
 def no_sockets(monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a stand-in must not touch the network")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    """A stand-in must not touch the network."""
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.delattr(socket, name)
     monkeypatch.setenv("PDL_OFFLINE", "1")
 
 
