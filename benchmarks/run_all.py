@@ -41,9 +41,6 @@ Ours and the others take turns, every other round backwards, and the ratio of ti
 1, ours is faster. The tables give the median and the range. Rows that end with "(limit)" compare with work that no
 implementation can avoid, not with a peer. Ratios depend on the machine, most of all on its memory; what they were
 measured with stands above each table.
-
-The numbers below are of 2026-11-23, before hooks, graph layers and adapters were written anew; `make bench`
-measures the present code.
 """
 # Two kinds of comparison, apart in color, in shape and in filling.
 PEER = {"label": "against a peer", "color": COLORS[0], "marker": "o", "markerfacecolor": COLORS[0]}
@@ -82,7 +79,7 @@ def draw_ratios(axis: Axes, found: Mapping[str, Any]) -> None:
     axis.set_yticks(range(len(ratios)), [name.removesuffix(LIMIT).rstrip() for name in ratios], fontsize=8)
     axis.set_ylim(len(ratios) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
-    axis.set_title(f"{found['title']} · {found['device']}")
+    axis.set_title(f"{found['title']} · {found['device']}", fontsize=8, x=-0.05)  # room for the device at its end
 
 
 def draw(benchmarks: Mapping[str, Any], file: Path) -> None:
