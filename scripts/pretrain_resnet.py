@@ -15,7 +15,6 @@ function of a trained ResNet-18 (Net2Net) rather than from nothing.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +47,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--arch", choices=("resnet18", "resnet34"), required=True, help="ResNet-34 grows from weights of ResNet-18"
     )
-    add("--data", type=Path, help="the data root (default: PDL_DATA, or data/)")
     add("--resolution", type=int, default=128, help="the side in pixels that the weights are shipped for")
     add("--photo-size", type=int, default=128, help="the side in pixels that suits large photographs best")
     add("--label-smoothing", type=float, default=0.1)
@@ -138,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with process_group() as device:
         seed_everything(args.seed)
-        data, val = (tiny_imagenet(split, root=args.data) for split in ("train", "val"))
+        data, val = (tiny_imagenet(split) for split in ("train", "val"))
         model = build(args, len(data.wnids)).to(device)
         history = train(args, model, data, val)
         if args.export and len(history.rows) == len(args.schedule) and rank_and_world()[0] == 0:

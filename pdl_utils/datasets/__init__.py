@@ -14,8 +14,3 @@ from pdl_utils.datasets.ppi import TissueGraphs, ppi
 from pdl_utils.datasets.small_images import LabelledImages, cifar10, mnist
 from pdl_utils.datasets.sources import DamagedFile, NoRealData, Provenance
 from pdl_utils.datasets.tiny_imagenet import TinyImageNet, tiny_imagenet
-
-__all__ = [
-    "DamagedFile", "LabelledImages", "NoRealData", "Photos", "Provenance", "TinyImageNet", "TissueGraphs",
-    "cifar10", "imagenet_photos", "mnist", "ppi", "tiny_imagenet",
-]  # fmt: skip

@@ -91,7 +91,6 @@ def obtain(
     download: Callable[[Path], object],
     url: str,
     stand_in: Callable[[], T] | None = None,
-    root: Path | None = None,
 ) -> T:
     """Get a data set from the first source that has it, and print which that was.
 
@@ -105,12 +104,11 @@ def obtain(
         url: what the loader fetches, or part of it: its host is asked whether there is a network.
         stand_in: makes what serves offline, if anything does. It satisfies `PDL_REQUIRE_REAL` if its
             provenance is real: weights that were trained on real data.
-        root: the data root, if not `data_root()`.
 
     Raises:
         NoRealData: neither files nor network, and no stand-in or `PDL_REQUIRE_REAL=1`. Says what to do.
     """
-    place = (root or data_root()) / folder
+    place = data_root() / folder
     reason = ""
     try:
         data = _read_or_fetch(name, place, read, download, url)

@@ -36,13 +36,12 @@ class TinyImageNet:
     provenance: Provenance
 
 
-def tiny_imagenet(split: str, limit: int | None = None, *, root: Path | None = None) -> TinyImageNet:
+def tiny_imagenet(split: str, limit: int | None = None) -> TinyImageNet:
     """The `train` or the `val` split; its test split has no labels. There is no stand-in.
 
     Args:
         split: "train" or "val".
         limit: read only so many images, the same ones on every call, spread evenly over the classes.
-        root: the data root, if not `data_root()`.
 
     Raises:
         NoRealData: neither files nor network; catch it to skip what needs boxes.
@@ -53,7 +52,7 @@ def tiny_imagenet(split: str, limit: int | None = None, *, root: Path | None = N
         "Tiny ImageNet", FOLDER,
         read=lambda folder: _read(folder, split, limit),
         download=lambda folder: download_and_extract_archive(URL, folder, md5=MD5, remove_finished=True),
-        url=URL, root=root,
+        url=URL,
     )  # fmt: skip
 
 

@@ -38,11 +38,3 @@ from pdl_utils.few_labels.transfer import (
     train_on,
     without_head,
 )
-
-__all__ = [
-    "VIEW", "LoRA", "LowRank", "Outcome", "Recipe", "SimCLR", "add_lora", "cifar_encoder", "fine_tune",
-    "five_digits", "knn_accuracy", "knn_monitor", "linear_probe", "load_lora_state_dict", "lora_state_dict",
-    "measure", "merge_lora", "mlp", "nt_xent_loss", "pretrain", "pretrained_encoder", "probe_outcome",
-    "probe_scores", "recipe_scores", "self_train", "share_right", "train_adam", "train_on", "unmerge_lora",
-    "use_lora", "without_head", "without_lora",
-]  # fmt: skip

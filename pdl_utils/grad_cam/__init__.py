@@ -25,10 +25,3 @@ from pdl_utils.grad_cam.metrics import (
     receptive_fields,
     score_boxes,
 )
-
-__all__ = [
-    "ClassMaps", "GuidedReLU", "PixelCurves", "box_masks", "cascading_randomization", "class_gradients",
-    "energy_in_box", "enlarge", "evaluating", "grad_cam", "guided_backprop", "guided_grad_cam",
-    "insertion_deletion", "match_classes", "mean_interval", "pointing_game", "randomization_check",
-    "rank_correlation", "receptive_fields", "record_activations", "scale_to_one", "score_boxes",
-]  # fmt: skip

@@ -2,7 +2,3 @@
 
 from pdl_utils.graphs import metrics, plots
 from pdl_utils.graphs.layers import GATConv, GATv2Conv, GCNConv, GraphNet, SortedEdges, UniformConv
-
-__all__ = [
-    "GATConv", "GATv2Conv", "GCNConv", "GraphNet", "SortedEdges", "UniformConv", "metrics", "plots",
-]  # fmt: skip

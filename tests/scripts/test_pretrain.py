@@ -60,9 +60,9 @@ def small(monkeypatch):
     monkeypatch.setenv("PDL_PROGRESS", "0")
 
 
-def train_resnet(data_root, run, *more):
+def train_resnet(run, *more):
     pretrain_resnet.main([
-        "--arch", "resnet18", "--data", str(data_root), "--state", str(run), "--batch-size", "8",
+        "--arch", "resnet18", "--state", str(run), "--batch-size", "8",
         "--resolution", "32", "--lr", "0.05", *more,
     ])  # fmt: skip
 
@@ -72,8 +72,9 @@ def last(run):
 
 
 def test_a_resnet_learns_ships_and_goes_on(data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PDL_DATA", str(data_root))
     out = tmp_path / "out"
-    train_resnet(data_root, tmp_path / "run", "--schedule", "32x3,48x1", "--export", str(out))
+    train_resnet(tmp_path / "run", "--schedule", "32x3,48x1", "--export", str(out))
     monkeypatch.setattr("pdl_utils.resnet.CHECKPOINTS", out)
     network = own_network("resnet18")
     assert network.categories == ["red", "blue"]
@@ -90,8 +91,9 @@ def test_a_resnet_learns_ships_and_goes_on(data_root, tmp_path, monkeypatch):
 
 
 def test_stopped_or_killed_it_resumes_to_the_same_weights(data_root, tmp_path, monkeypatch):
-    train_resnet(data_root, tmp_path / "whole", "--schedule", "32x2")
-    train_resnet(data_root, tmp_path / "pieces", "--schedule", "32x2", "--stop-after", "1")
+    monkeypatch.setenv("PDL_DATA", str(data_root))
+    train_resnet(tmp_path / "whole", "--schedule", "32x2")
+    train_resnet(tmp_path / "pieces", "--schedule", "32x2", "--stop-after", "1")
     assert len(last(tmp_path / "pieces")["history"]) == 1
     calls = []
 
@@ -102,9 +104,9 @@ def test_stopped_or_killed_it_resumes_to_the_same_weights(data_root, tmp_path, m
     with monkeypatch.context() as patched:
         patched.setattr(pretrain_resnet, "top1", killed)  # in the evaluation of the second epoch
         with pytest.raises(KeyboardInterrupt):
-            train_resnet(data_root, tmp_path / "pieces", "--schedule", "32x2")
+            train_resnet(tmp_path / "pieces", "--schedule", "32x2")
     assert len(calls) == 1
-    train_resnet(data_root, tmp_path / "pieces", "--schedule", "32x2")
+    train_resnet(tmp_path / "pieces", "--schedule", "32x2")
     whole, pieces = last(tmp_path / "whole")["model"], last(tmp_path / "pieces")["model"]
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
