@@ -195,19 +195,20 @@ def fit(
     )
     for epoch in range(done, min(epochs, stop_after or epochs)):
         started, todo, total = time.perf_counter(), batches(epoch), 0.0
+        where = f"{label}, epoch {epoch + 1}"
         model.train()
         for count, batch in enumerate(todo, 1):
-            where = f"{label}, epoch {epoch + 1}, batch {count}"
             total += train_step(
-                model, batch, loss_fn, optimizer, clip_norm=clip_norm, autocast=autocast, where=where
-            )
+                model, batch, loss_fn, optimizer, clip_norm=clip_norm, autocast=autocast,
+                where=f"{where}, batch {count}",
+            )  # fmt: skip
             if scheduler is not None:
                 scheduler.step()
             bar.update(1 / len(todo))
         # A gradient of NaN shows in the next batch's loss, but for the last batch's: once an epoch is enough.
         if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
             raise NonFiniteLoss(
-                f"{label}, epoch {epoch + 1}: weights are NaN or infinite, though the losses are not; "
+                f"{where}: weights are NaN or infinite, though the losses are not; "
                 "look for a gradient of NaN, as of the root of 0, or lower the learning rate"
             )
         row = {"epoch": epoch + 1, "loss": total / max(1, len(todo)), "seconds": time.perf_counter() - started}
