@@ -95,8 +95,10 @@ def at_once(work: Callable[[int], object]) -> None:
 
 def kill_and_restart(folder: Path) -> None:
     """Train in processes that are killed at random moments and restarted until they are done; again, until
-    `KILLS` have struck. Each finished training must equal one that nothing has struck. A moment is a number of
-    function calls, of Python's and of C's: a slow disk or a busy processor do not change it, as they do seconds."""
+    `KILLS` have struck. Each finished training must equal one that nothing has struck.
+
+    A moment is a number of function calls, which a slow disk or a busy processor does not change.
+    """
     moments, epochs = random.Random(0), []  # epochs: what each kill left behind
 
     def finish(run: Path, kill_at: float) -> None:
