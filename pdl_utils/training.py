@@ -38,15 +38,6 @@ class History:
         return [row[name] for row in self.rows if name in row]
 
 
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups that decay weight matrices and kernels, but no bias and no norm."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, steps: int, warmup: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
@@ -63,9 +54,13 @@ def warmup_cosine(
 def sgd(
     model: nn.Module, lr: float, weight_decay: float, steps: int, warmup: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """SGD with Nesterov momentum 0.9, weight decay on matrices and kernels only, and one `warmup_cosine` over
-    `steps` batches."""
-    groups = weight_decay_groups(model, weight_decay)
+    """SGD with Nesterov momentum 0.9, weight decay on matrices and kernels only (no bias, no norm), and one
+    `warmup_cosine` over `steps` batches."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
     return optimizer, warmup_cosine(optimizer, steps, warmup)
 

@@ -9,7 +9,8 @@ Killed at any moment, the same command goes on from the last whole epoch to the 
 
 The recipe: SGD with Nesterov momentum, one cosine cycle, label smoothing, weight decay on kernels only,
 residual blocks that start as the identity, and images that grow during training. ResNet-34 starts as the
-function of a trained ResNet-18 (Net2Net) rather than from nothing.
+function of a trained ResNet-18 (Net2Net) rather than from nothing. With `--teacher`, half of each label is what
+a network that knows ImageNet's 1,000 classes predicts for the image (Hinton et al. 2015, arXiv:1503.02531).
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import argparse
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 
 from pdl_utils.datasets import TinyImageNet, tiny_imagenet
-from pdl_utils.images import Augmentation, Batches, top1
-from pdl_utils.settings import bfloat16_is_faster, seed_everything
-from pdl_utils.training import History, fit, sgd
+from pdl_utils.images import Augmentation, Batches, outputs, top1
+from pdl_utils.resnet import torchvision_network
+from pdl_utils.settings import bfloat16_is_faster, save_atomically, seed_everything
+from pdl_utils.training import History, fit, sgd, warmup_cosine
 from pdl_utils.weights import save_weights
 from scripts.common import (
     data_parallel,
@@ -49,7 +51,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--resolution", type=int, default=128, help="the side in pixels that the weights are shipped for")
     add("--photo-size", type=int, default=128, help="the side in pixels that suits large photographs best")
-    add("--label-smoothing", type=float, default=0.1)
+    add("--label-smoothing", type=float, default=0.1, help="without a teacher")
+    add("--teacher", help="a network of torchvision whose predictions are half of each label: resnet50")
     add("--scale", type=float, nargs=2, default=(0.35, 1.0), help="share of an image in a crop")
     return parser.parse_args(argv)
 
@@ -88,10 +91,49 @@ def grow_depth(small: ResNet, large: ResNet) -> None:
             nn.init.zeros_(module.bn2.weight)
 
 
+def taught_labels(args: argparse.Namespace, data: TinyImageNet, device: torch.device) -> Tensor:
+    """Targets for the cross-entropy: the label with probability 1/2, the teacher's prediction with 1/2; float32
+    (N, classes), on the device. What the teacher says of all images is kept in the folder of the state."""
+    file = args.state / "teacher.pt"
+    if not file.exists():
+        logits = outputs(torchvision_network(args.teacher, device).model, data.images, args.resolution)
+        predictions = cross_fitted(logits, data.labels.to(device), len(data.wnids))
+        save_atomically(lambda partial: torch.save(predictions.cpu(), partial), file)
+    predictions = torch.load(file, map_location=device, weights_only=True)
+    return (F.one_hot(data.labels.to(device), len(data.wnids)) + predictions) / 2
+
+
+def cross_fitted(logits: Tensor, labels: Tensor, classes: int, folds: int = 5) -> Tensor:
+    """Probabilities of our classes (N, classes) from a linear map of the teacher's logits (N, 1000). Each fifth of
+    the images is predicted by a map that was fitted to the other four, and so has not seen their labels."""
+    rows = (logits - logits.mean(0)) / (logits.std(0) + 1e-3)
+    fold = torch.randint(folds, labels.shape, generator=torch.Generator().manual_seed(1)).to(labels.device)
+    probabilities = rows.new_empty(len(rows), classes)
+    for k in range(folds):
+        seen, target = rows[fold != k], labels[fold != k]
+        linear = nn.Linear(rows.shape[1], classes, device=rows.device)
+        for parameter in linear.parameters():
+            nn.init.zeros_(parameter)
+        optimizer = torch.optim.AdamW(linear.parameters(), lr=1e-3, weight_decay=0.1)
+        scheduler = warmup_cosine(optimizer, steps=8 * -(-len(seen) // 512))
+        for _ in range(8):
+            for chosen in torch.randperm(len(seen)).to(rows.device).split(512):
+                loss = F.cross_entropy(linear(F.dropout(seen[chosen], 0.1)), target[chosen], label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+        with torch.no_grad():
+            probabilities[fold == k] = linear(rows[fold == k]).softmax(1)
+    return probabilities
+
+
 def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: TinyImageNet) -> History:
     device = next(model.parameters()).device
+    smoothing = 0.0 if args.teacher else args.label_smoothing
     batches = Batches(
-        images=data.images.to(device), labels=data.labels.to(device), sizes=args.schedule,
+        labels=taught_labels(args, data, device) if args.teacher else data.labels.to(device),
+        images=data.images.to(device), sizes=args.schedule,
         augment=Augmentation(flip=True, scale=tuple(args.scale)),
         batch_size=args.batch_size, seed=args.seed, part=rank_and_world(),
     )  # fmt: skip
@@ -101,7 +143,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: T
     return fit(
         data_parallel(model),
         batches,
-        lambda net, batch: F.cross_entropy(net(batch[0]), batch[1], label_smoothing=args.label_smoothing),
+        lambda net, batch: F.cross_entropy(net(batch[0]), batch[1], label_smoothing=smoothing),
         optimizer,
         epochs=len(args.schedule),
         stop_after=args.stop_after,

@@ -79,10 +79,6 @@ class DamagedFile(Exception):
         super().__init__(f"{path} {problem}")
 
 
-class _Unavailable(Exception):
-    """Why the real data cannot be had, to follow 'because'."""
-
-
 def obtain(
     name: str,
     folder: str,
@@ -108,45 +104,40 @@ def obtain(
     Raises:
         NoRealData: neither files nor network, and no stand-in or `PDL_REQUIRE_REAL=1`. Says what to do.
     """
-    place = data_root() / folder
-    reason = ""
+    place, problem, data = data_root() / folder, None, None
     try:
-        data = _read_or_fetch(name, place, read, download, url)
-    except _Unavailable as error:
-        data, reason = stand_in() if stand_in else None, f", because {error}"
-        if data is None or (not data.provenance.real and flag("PDL_REQUIRE_REAL")):
-            unset = " or unset PDL_REQUIRE_REAL to accept the stand-in," if data else ""
-            raise NoRealData(
-                f"{name}: no real data, because {error}. Connect to the network, with PDL_OFFLINE unset, "
-                f"or put the official files into {place},{unset} and run this again."
-            ) from None
-    print(f"{data.provenance}{reason}")
+        data = read(place) if place.exists() else None
+    except DamagedFile as damage:
+        print(f"{name}: {damage}")
+    if data is None and not (problem := network_problem(url)):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(place.parent / f".{place.name}.lock"):
+                data = _fetch(name, place, read, download, url)
+            problem = f"the download of {url} failed {ATTEMPTS} times"
+        except OSError as error:
+            problem = f"{place.parent} cannot be written to ({error})"
+    if data is not None:
+        print(data.provenance)
+        return data
+    data = stand_in() if stand_in else None
+    if data is None or (not data.provenance.real and flag("PDL_REQUIRE_REAL")):
+        unset = " or unset PDL_REQUIRE_REAL to accept the stand-in," if data else ""
+        raise NoRealData(
+            f"{name}: no real data, because {problem}. Connect to the network, with PDL_OFFLINE unset, "
+            f"or put the official files into {place},{unset} and run this again."
+        )
+    print(f"{data.provenance}, because {problem}")
     return data
 
 
-def _read_or_fetch(
+def _fetch(
     name: str, place: Path, read: Callable[[Path], T], download: Callable[[Path], object], url: str
-) -> T:
-    if place.exists():
-        try:
-            return read(place)
-        except DamagedFile as damage:
-            print(f"{name}: {damage}")
-    if problem := network_problem(url):
-        raise _Unavailable(problem)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.parent / f".{place.name}.lock"):
-            if place.exists():  # another process may have been faster
-                with contextlib.suppress(DamagedFile):
-                    return read(place)
-            return _fetch(name, place, read, download, url)
-    except OSError as error:
-        raise _Unavailable(f"{place.parent} cannot be written to ({error})") from error
-
-
-def _fetch(name: str, place: Path, read: Callable[[Path], T], download: Callable[[Path], object], url: str) -> T:
+) -> T | None:
     """Download into a folder beside `place` and check it there, so that `place` is whole or absent."""
+    if place.exists():  # another process may have been faster
+        with contextlib.suppress(DamagedFile):
+            return read(place)
     staging = place.with_name(f".{place.name}.partial")
     for attempt in range(1, ATTEMPTS + 1):
         shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
@@ -166,7 +157,7 @@ def _fetch(name: str, place: Path, read: Callable[[Path], T], download: Callable
             shutil.rmtree(staging, ignore_errors=True)
         if attempt < ATTEMPTS:
             time.sleep(PAUSE)
-    raise _Unavailable(f"the download of {url} failed {ATTEMPTS} times")
+    return None
 
 
 def verify_md5(folder: Path, expected: Mapping[str, str]) -> None:

@@ -53,22 +53,21 @@ class LoRA(nn.Module):
 
 def add_lora(
     model: nn.Module, rank: int, alpha: float, targets: str = "*", *, name: str = "default",
-    train: str | None = None, scaling: str = "standard", init_a: Callable[[Tensor], object] | None = None,
+    scaling: str = "standard", init_a: Callable[[Tensor], object] | None = None,
 ) -> None:  # fmt: skip
-    """Freeze `model` and wrap its layers in `LoRA`, in place. Only the updates learn. What the network computes
-    stays the same until then; but batch norm's running statistics are no parameters, and move in train mode.
+    """Freeze `model` and wrap its layers in `LoRA`, in place. Only the updates learn, and what is then unfrozen by
+    hand, such as a new head. What the network computes stays the same until they have learned; but batch norm's
+    running statistics are no parameters, and move in train mode.
 
     Args:
         rank, alpha, scaling: see `LowRank`.
         targets: linear layers and 2-d convolutions without groups, as a shell pattern of names from
             `model.named_modules()`, such as "layer4.*"; for a second adapter, layers that have the first.
         name: of this adapter, which becomes the active one.
-        train: name of a module that learns as a whole, for all adapters, such as a new head "fc".
         init_a: fills A's weight, (rank, in, *kernel), as `nn.init.normal_` does; None: as in any layer.
 
     Raises:
         ValueError: rank < 1, an unknown scaling, a name that is taken or has a dot, or no layer fits `targets`.
-        AttributeError: there is no module `train`.
         RuntimeError: the model is merged.
     """
     wrapped = lora_layers(model)
@@ -76,10 +75,8 @@ def add_lora(
         raise ValueError(f"rank < 1, unknown scaling or name with a dot: {rank}, {scaling!r}, {name!r}")
     if any(name in layer.updates for layer in wrapped.values()):
         raise ValueError(f"there is an adapter {name!r} already; give the new one another name")
-    head = nn.Identity() if train is None else model.get_submodule(train)
     layers = {n: m for n, m in model.named_modules() if n and type(m) in (nn.Linear, nn.Conv2d)}
-    grouped = {m for m in layers.values() if getattr(m, "groups", 1) > 1}
-    suitable = wrapped or {n: m for n, m in layers.items() if m not in grouped | set(head.modules())}
+    suitable = wrapped or {n: m for n, m in layers.items() if getattr(m, "groups", 1) == 1}
     chosen = [n for n in suitable if fnmatchcase(n, targets)]
     if not chosen:
         raise ValueError(f"no suitable layer fits {targets!r}; there are {', '.join(suitable) or 'none'}")
@@ -91,7 +88,6 @@ def add_lora(
         if init_a:
             init_a(update.A.weight)
         model.set_submodule(n, layer)
-    head.requires_grad_(True)
     use_lora(model, name)
 
 
@@ -151,7 +147,7 @@ def unmerge_lora(model: nn.Module) -> None:
 
 def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """One adapter alone, not copied: LAYER.lora_A, LAYER.lora_B and LAYER.lora_scale of its layers, and parameters
-    (no buffers) of modules that learn as a whole. ValueError: there is no adapter of this name."""
+    (no buffers) that were unfrozen by hand. ValueError: there is no adapter of this name."""
     state = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad and ".updates." not in k}
     for n, layer in lora_layers(model, name).items():
         update = layer.updates[name]
@@ -164,7 +160,7 @@ def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor
 @torch.no_grad()
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
     """Fill an adapter that `add_lora` added with what `lora_state_dict` gave. ValueError: the two do not fit
-    in layers, shapes, scale or whole modules, which are named; nothing was changed."""
+    in layers, shapes, scale or unfrozen parameters, which are named; nothing was changed."""
     own = lora_state_dict(model, name)
     ours, theirs = (
         {k: f"{v:g}" if k.endswith(".lora_scale") else f"{(*v.shape,)}" for k, v in tensors.items()}

@@ -156,7 +156,8 @@ def fine_tune(
     tuned.fc = linear_probe(outputs(encoder, images, recipe.size), labels, classes, C).requires_grad_(True)
     if rank is not None:
         torch.manual_seed(seed)  # of A
-        add_lora(tuned, rank, 1.0, "layer*", scaling="rs", train="fc")
+        add_lora(tuned, rank, 1.0, "layer*", scaling="rs")
+        tuned.fc.requires_grad_(True)
     train_on(tuned, images, labels, recipe, seed)
     return tuned
 

@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """The layer of this name.
-
-    Raises:
-        ValueError: there is none; the message lists similar names.
-    """
+    """The layer of this name; ValueError with similar names if there is none."""
     layers = dict(model.named_modules())
     if name not in layers:
         similar = get_close_matches(name, layers, n=5, cutoff=0.5) or [n for n, _ in model.named_children()]
@@ -36,13 +32,8 @@ def record_activations(model: nn.Module, layers: str | Sequence[str]) -> Iterato
     ...     logits = model(images)
     >>> gradient, = torch.autograd.grad(logits[0, 281], seen["layer4"])
 
-    Args:
-        model: any module. Its hooks are gone after the `with`, also when the forward pass raises.
-        layers: one or more names from `model.named_modules()`.
-
-    Raises:
-        ValueError: the model has no layer of such a name.
-        TypeError: a layer returns something else than one tensor.
+    `layers` are one or more names from `model.named_modules()`. The hooks are gone after the `with`, also when
+    the forward pass raises. ValueError: there is no layer of such a name; TypeError: it returns no single tensor.
     """
     seen: dict[str, Tensor] = {}
 

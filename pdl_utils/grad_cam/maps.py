@@ -116,13 +116,8 @@ class GuidedReLU(TorchFunctionMode):
 
 
 def guided_backprop(model: nn.Module, images: Tensor, classes: Classes = None, *, top_k: int = 1) -> Tensor:
-    """Gradient of class scores with respect to the image, through guided ReLUs.
-
-    Takes what `grad_cam` takes, and leaves the model as that does.
-
-    Returns:
-        (N, K, C, H, W), for K classes an image.
-    """
+    """Gradient of class scores with respect to the image, through guided ReLUs: (N, K, C, H, W), for K classes an
+    image. Takes what `grad_cam` takes, and leaves the model as that does."""
     with evaluating(model):
         pixels = images.detach().clone().requires_grad_()
         with GuidedReLU():
@@ -134,11 +129,8 @@ def guided_backprop(model: nn.Module, images: Tensor, classes: Classes = None, *
 def guided_grad_cam(
     model: nn.Module, images: Tensor, layer: str, classes: Classes = None, *, top_k: int = 1
 ) -> Tensor:
-    """Guided backpropagation times the Grad-CAM map at image size (sec. 3.3): sharp and class-specific.
-
-    Returns:
-        (N, K, C, H, W).
-    """
+    """Guided backpropagation times the Grad-CAM map at image size (sec. 3.3): sharp and class-specific,
+    (N, K, C, H, W)."""
     cam = grad_cam(model, images, layer, classes, top_k=top_k)
     return guided_backprop(model, images, cam.classes) * enlarge(cam.maps[layer], cam.size).unsqueeze(2)
 

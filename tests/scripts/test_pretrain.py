@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -16,7 +17,7 @@ from pdl_utils.datasets import LabelledImages, Provenance
 from pdl_utils.few_labels import SimCLR, simclr
 from pdl_utils.resnet import own_network
 from pdl_utils.settings import REPOSITORY
-from pdl_utils.weights import load_weights
+from pdl_utils.weights import load_weights, save_weights
 from scripts import pretrain_resnet, pretrain_simclr
 from scripts.common import data_parallel, process_group, rank_and_world, schedule
 
@@ -109,6 +110,32 @@ def test_stopped_or_killed_it_resumes_to_the_same_weights(data_root, tmp_path, m
     train_resnet(tmp_path / "pieces", "--schedule", "32x2")
     whole, pieces = last(tmp_path / "whole")["model"], last(tmp_path / "pieces")["model"]
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def test_a_teachers_predictions_are_half_of_each_label(data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PDL_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(pretrain_resnet, "tiny_imagenet", lambda split: loaded[split])
+    with monkeypatch.context() as patched:
+        patched.setenv("PDL_DATA", str(data_root))
+        loaded = {split: tiny.tiny_imagenet(split) for split in ("train", "val")}
+    teacher = torchvision.models.resnet18(num_classes=3)
+    facts = {"source": "a teacher", "categories": ["jay", "hen", "owl"]}
+    save_weights(tmp_path / "data" / "weights" / "resnet18.safetensors", teacher.state_dict(), facts)
+    train_resnet(tmp_path / "run", "--schedule", "32x1", "--teacher", "resnet18")
+    predicted = torch.load(tmp_path / "run" / "teacher.pt", weights_only=True)
+    args = pretrain_resnet.parse(["--arch", "resnet18", "--state", str(tmp_path / "run"), "--teacher", "none"])
+    labels = pretrain_resnet.taught_labels(args, loaded["train"], torch.device("cpu"))  # reads what was kept
+    torch.testing.assert_close(2 * labels - predicted, nn.functional.one_hot(loaded["train"].labels).float())
+    torch.testing.assert_close(predicted.sum(1), torch.ones(32))
+
+
+def test_no_image_is_predicted_by_a_map_that_saw_its_label():
+    torch.manual_seed(0)
+    labels, noise = torch.randint(4, (300,)), torch.randn(300, 400)  # as many numbers as could store all labels
+    right = (pretrain_resnet.cross_fitted(noise, labels, 4).argmax(1) == labels).float().mean()
+    assert right < 0.4  # 1/4 by chance
+    told = noise[:, :8] + 4 * nn.functional.one_hot(labels, 8)
+    assert (pretrain_resnet.cross_fitted(told, labels, 4).argmax(1) == labels).float().mean() > 0.5
 
 
 def test_schedules():
