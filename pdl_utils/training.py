@@ -199,7 +199,8 @@ def fit(
             )  # fmt: skip
             if scheduler is not None:
                 scheduler.step()
-            bar.update(1 / len(todo))
+            bar.n = epoch + count / len(todo)  # adding up 1 / len(todo) could exceed `epochs`, and tqdm would warn
+            bar.update(0)
         # A gradient of NaN shows in the next batch's loss, but for the last batch's: once an epoch is enough.
         if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
             raise NonFiniteLoss(

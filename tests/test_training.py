@@ -65,6 +65,14 @@ def test_it_learns_and_says_how():
     assert not model.training
 
 
+def test_the_progress_bar_ends_at_the_last_epoch(capsys, recwarn):
+    model, _, loss, (x, y) = problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fit(model, lambda epoch: [(x, y)] * 10, loss, optimizer, epochs=4, label="demo", progress=True)
+    assert "demo: 100%" in capsys.readouterr().err
+    assert not recwarn.list  # tqdm warns where ten times 1/10 is more than 1
+
+
 def test_it_trains_in_train_mode_and_evaluates_in_eval_mode_without_gradients():
     model, batches, loss, _ = problem()
     seen = []
