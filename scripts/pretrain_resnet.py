@@ -171,6 +171,8 @@ def export(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: 
         "categories": [name.split(",")[0] for name in val.names],
         "wnids": val.wnids,
     }
+    if args.teacher:
+        facts["teacher"] = torchvision_network(args.teacher).provenance.source
     save_weights(args.export / f"{args.arch}_tiny_imagenet.safetensors", model.state_dict(), facts)
 
 

@@ -121,7 +121,9 @@ def test_a_teachers_predictions_are_half_of_each_label(data_root, tmp_path, monk
     teacher = torchvision.models.resnet18(num_classes=3)
     facts = {"source": "a teacher", "categories": ["jay", "hen", "owl"]}
     save_weights(tmp_path / "data" / "weights" / "resnet18.safetensors", teacher.state_dict(), facts)
-    train_resnet(tmp_path / "run", "--schedule", "32x1", "--teacher", "resnet18")
+    out = tmp_path / "out"
+    train_resnet(tmp_path / "run", "--schedule", "32x1", "--teacher", "resnet18", "--export", str(out))
+    assert load_weights(out / "resnet18_tiny_imagenet.safetensors")[1]["teacher"] == "a teacher"
     predicted = torch.load(tmp_path / "run" / "teacher.pt", weights_only=True)
     args = pretrain_resnet.parse(["--arch", "resnet18", "--state", str(tmp_path / "run"), "--teacher", "none"])
     labels = pretrain_resnet.taught_labels(args, loaded["train"], torch.device("cpu"))  # reads what was kept
