@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
+from tqdm import tqdm
 
 from pdl_utils import resnet
 from pdl_utils.datasets import cifar10, ppi
@@ -120,6 +122,7 @@ def kill_and_restart(folder: Path) -> None:
         process.join()
         return process.exitcode
 
+    tqdm.set_lock(threading.RLock())  # its own is shared with every fork: killed with it, one would block all others
     train(1)  # imports what every process would have to import again
     assert run_once(folder / "unbroken") == 0
     calls, weights, losses = torch.load(folder / "unbroken" / "result", weights_only=True)
