@@ -122,7 +122,8 @@ def kill_and_restart(folder: Path) -> None:
         process.join()
         return process.exitcode
 
-    tqdm.set_lock(threading.RLock())  # its own is shared with every fork: killed with it, one would block all others
+    # tqdm's own lock is shared with every fork: one that is killed while it holds it would block all others.
+    tqdm.set_lock(threading.RLock())
     train(1)  # imports what every process would have to import again
     assert run_once(folder / "unbroken") == 0
     calls, weights, losses = torch.load(folder / "unbroken" / "result", weights_only=True)
