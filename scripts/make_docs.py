@@ -42,9 +42,10 @@ INTRODUCTION = """# All results
 `scripts/make_docs.py` writes this page. The column "here" comes from the notebooks' full profile by way of
 [`figures/results.json`](../figures/results.json): the mean and, where there are several runs or photographs, their
 sample standard deviation and their number n. What others measured is in
-[`figures/published.json`](../figures/published.json): "paper" is what the papers report, "best public" is the best that we found. Many of these were measured with other
-data, labels or networks: the words in brackets say with which, and the letter leads to the details. A dash means
-that we know of nothing close enough to compare with.
+[`figures/published.json`](../figures/published.json): "paper" is what the papers report, "best
+public" is the best that we found. Many of these were measured with other data, labels or networks: the words in
+brackets say with which, and the letter leads to the details. A dash means that we know of nothing close enough to
+compare with.
 """
 
 
