@@ -96,10 +96,12 @@ def taught_labels(args: argparse.Namespace, data: TinyImageNet, device: torch.de
     (N, classes), on the device. What the teacher says of all images is kept in the folder of the state."""
     file = args.state / "teacher.pt"
     if not file.exists():
-        logits = outputs(torchvision_network(args.teacher, device).model, data.images, args.resolution)
-        predictions = cross_fitted(logits, data.labels.to(device), len(data.wnids))
-        save_atomically(lambda partial: torch.save(predictions.cpu(), partial), file)
-    predictions = torch.load(file, map_location=device, weights_only=True)
+        teacher = torchvision_network(args.teacher, device)
+        logits = outputs(teacher.model, data.images, args.resolution)
+        predictions = cross_fitted(logits, data.labels.to(device), len(data.wnids)).cpu()
+        kept = {"source": teacher.provenance.source, "predictions": predictions}
+        save_atomically(lambda partial: torch.save(kept, partial), file)
+    predictions = torch.load(file, map_location=device, weights_only=True)["predictions"]
     return (F.one_hot(data.labels.to(device), len(data.wnids)) + predictions) / 2
 
 
@@ -110,22 +112,27 @@ def cross_fitted(logits: Tensor, labels: Tensor, classes: int, folds: int = 5) -
     fold = torch.randint(folds, labels.shape, generator=torch.Generator().manual_seed(1)).to(labels.device)
     probabilities = rows.new_empty(len(rows), classes)
     for k in range(folds):
-        seen, target = rows[fold != k], labels[fold != k]
-        linear = nn.Linear(rows.shape[1], classes, device=rows.device)
-        for parameter in linear.parameters():
-            nn.init.zeros_(parameter)
-        optimizer = torch.optim.AdamW(linear.parameters(), lr=1e-3, weight_decay=0.1)
-        scheduler = warmup_cosine(optimizer, steps=8 * -(-len(seen) // 512))
-        for _ in range(8):
-            for chosen in torch.randperm(len(seen)).to(rows.device).split(512):
-                loss = F.cross_entropy(linear(F.dropout(seen[chosen], 0.1)), target[chosen], label_smoothing=0.05)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
+        linear = linear_map(rows[fold != k], labels[fold != k], classes)
         with torch.no_grad():
             probabilities[fold == k] = linear(rows[fold == k]).softmax(1)
     return probabilities
+
+
+def linear_map(rows: Tensor, labels: Tensor, classes: int) -> nn.Linear:
+    """A linear classifier of rows (N, D): eight epochs of AdamW from zero, with dropout."""
+    linear = nn.Linear(rows.shape[1], classes, device=rows.device)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=1e-3, weight_decay=0.1)
+
+    def loss(net: nn.Module, chosen: Tensor) -> Tensor:
+        return F.cross_entropy(net(F.dropout(rows[chosen], 0.1)), labels[chosen], label_smoothing=0.05)
+
+    fit(
+        linear, lambda epoch: torch.randperm(len(rows)).to(rows.device).split(512), loss, optimizer, epochs=8,
+        scheduler=warmup_cosine(optimizer, steps=8 * -(-len(rows) // 512)), progress=False,
+    )  # fmt: skip
+    return linear
 
 
 def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: TinyImageNet) -> History:
@@ -172,7 +179,7 @@ def export(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: 
         "wnids": val.wnids,
     }
     if args.teacher:
-        facts["teacher"] = torchvision_network(args.teacher).provenance.source
+        facts["teacher"] = torch.load(args.state / "teacher.pt", weights_only=True)["source"]
     save_weights(args.export / f"{args.arch}_tiny_imagenet.safetensors", model.state_dict(), facts)
 
 

@@ -88,7 +88,7 @@ def at_once(work: Callable[[int], object]) -> None:
     together = FORK.Barrier(3)
     processes = [start(lambda i=i: (together.wait(30), work(i))) for i in range(3)]
     for process in processes:
-        process.join(200)
+        process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
 
 

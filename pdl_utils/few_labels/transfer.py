@@ -153,11 +153,11 @@ def fine_tune(
             all weights.
     """
     tuned = copy.deepcopy(encoder)
-    tuned.fc = linear_probe(outputs(encoder, images, recipe.size), labels, classes, C).requires_grad_(True)
+    tuned.fc = linear_probe(outputs(encoder, images, recipe.size), labels, classes, C)
     if rank is not None:
         torch.manual_seed(seed)  # of A
         add_lora(tuned, rank, 1.0, "layer*", scaling="rs")
-        tuned.fc.requires_grad_(True)
+    tuned.fc.requires_grad_(True)
     train_on(tuned, images, labels, recipe, seed)
     return tuned
 

@@ -124,7 +124,7 @@ def test_a_teachers_predictions_are_half_of_each_label(data_root, tmp_path, monk
     out = tmp_path / "out"
     train_resnet(tmp_path / "run", "--schedule", "32x1", "--teacher", "resnet18", "--export", str(out))
     assert load_weights(out / "resnet18_tiny_imagenet.safetensors")[1]["teacher"] == "a teacher"
-    predicted = torch.load(tmp_path / "run" / "teacher.pt", weights_only=True)
+    predicted = torch.load(tmp_path / "run" / "teacher.pt", weights_only=True)["predictions"]
     args = pretrain_resnet.parse(["--arch", "resnet18", "--state", str(tmp_path / "run"), "--teacher", "none"])
     labels = pretrain_resnet.taught_labels(args, loaded["train"], torch.device("cpu"))  # reads what was kept
     torch.testing.assert_close(2 * labels - predicted, nn.functional.one_hot(loaded["train"].labels).float())
