@@ -136,7 +136,7 @@ class Run:
             "std": round(spread, 6),
             "n": len(numbers),
             "unit": unit,
-            "provenance": "; ".join(map(str, origins)),
+            "provenance": [str(origin) for origin in origins],
             "run": f"{self.profile.name}, {device_name(self.device)}, torch {torch.__version__}, "
                    f"{datetime.date.today()}",
         }  # fmt: skip

@@ -77,13 +77,18 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
+def of_stand_in(entry: dict[str, Any]) -> bool:
+    """Were data or weights behind this result a stand-in?"""
+    return any(": stand-in" in origin for origin in entry["provenance"])
+
+
 def results_page(results: Results, published: Published) -> str:
     """docs/results.md: a table a notebook beside what others measured, then what each of those figures is."""
     placed = theirs(published, results)
     parts = [INTRODUCTION]
     for notebook, entries in sorted(results.items()):
         parts.append(f"## [{notebook}](../notebooks/{notebook}.ipynb)\n")
-        if any(": stand-in" in entry["provenance"] for entry in entries.values()):
+        if any(map(of_stand_in, entries.values())):
             parts.append("Some of ours are from a stand-in, as the last line says: **not comparable**.\n")
         parts.append("| what | here | paper | best public | unit |\n|---|---|---|---|---|")
         notes: list[str] = []
@@ -101,7 +106,7 @@ def results_page(results: Results, published: Published) -> str:
             parts.append(f"| {name} | {in_words(entries[name])} | {' | '.join(cells)} | {entries[name]['unit']} |")
         parts.append("")
         parts += [f"- <sup>{letter}</sup> {note}" for letter, note in zip(ascii_lowercase, notes, strict=False)]
-        origins = sorted({o for entry in entries.values() for o in entry["provenance"].split("; ") if o})
+        origins = sorted({origin for entry in entries.values() for origin in entry["provenance"]})
         runs = sorted({entry["run"] for entry in entries.values()})
         parts.append(f"\nOurs were made from {' · '.join(origins)}. Run: {' · '.join(runs)}.\n")
     return "\n".join(parts)
@@ -119,7 +124,7 @@ def readme_table(results: Results, published: Published, chosen: Sequence[tuple[
         if name not in results.get(notebook, {}):
             raise ValueError(f"README's table: {notebook} has recorded no result {name!r}")
         entry = results[notebook][name]
-        here = in_words(entry) + (" (stand-in)" if ": stand-in" in entry["provenance"] else "")
+        here = in_words(entry) + (" (stand-in)" if of_stand_in(entry) else "")
         others = [placed.get((notebook, name, column), {"figure": "–"})["figure"] for column in COLUMNS]
         lines.append(f"| {notebook[0]} · {title} | {here} | {' | '.join(others)} |")
     return "\n".join(lines)

@@ -56,8 +56,8 @@ def test_a_published_figure_says_what_it_is_and_where_it_stands():
         assert figure["source"]
 
 
-def entry(mean, provenance="PPI: official files"):
-    return {"mean": mean, "std": 0.0, "n": 1, "unit": "share", "provenance": provenance, "run": "full"}
+def entry(mean, *provenance):
+    return {"mean": mean, "std": 0.0, "n": 1, "unit": "share", "provenance": [*provenance], "run": "full"}
 
 
 def figure(**changes):
@@ -66,13 +66,15 @@ def figure(**changes):
 
 
 def test_a_row_stands_beside_the_paper_and_the_best():
-    ours = {"2_graphs": {"rank 16": entry(0.25), "rank 2": entry(0.5), "GAT": entry(0.75)}}
+    gat = entry(0.75, "PPI: official; some unknown", "a map: ours")
+    ours = {"2_graphs": {"rank 16": entry(0.25), "rank 2": entry(0.5), "GAT": gat}}
     theirs = [figure(), figure(column="public", figure="0.997", measured="g2-MLP")]
     page = results_page(ours, theirs)
     assert "| GAT | 0.750 | 0.973 (PPI) <sup>a</sup> | 0.997 <sup>b</sup> | share |" in page
     assert "| rank 2 | 0.500 | – | – | share |\n| rank 16 | 0.250 | – | – | share |" in page
     assert "- <sup>a</sup> GAT ([a paper](https://a.paper))" in page
     assert "not comparable" not in page
+    assert "Ours were made from PPI: official; some unknown · a map: ours." in page
     table = readme_table(ours, theirs, [("2_graphs", "GAT", "attention")])
     assert table.endswith("\n| 2 · attention | 0.750 | 0.973 (PPI) | 0.997 |")
     stand_in = {"2_graphs": {"GAT": entry(0.75, "PPI: stand-in: seeded graphs")}}
