@@ -118,7 +118,7 @@ def facts_of_history(history: History) -> dict[str, Any]:
 def facts_of_run(args: argparse.Namespace, history: History, device: torch.device) -> dict[str, Any]:
     """What every file that ships says of its training. After a second cycle (`--start-from`), epochs, minutes
     and curves are those of both, and `started_from` is the recipe of the first, or the name of its file."""
-    hidden = ("state", "export", "start_from", "stop_after")  # say where, not how
+    hidden = ("state", "export", "start_from", "stop_after", "average")  # say where, not how
     recipe: dict[str, Any] = {key: value for key, value in vars(args).items() if key not in hidden}
     facts = facts_of_history(history)
     if args.start_from:

@@ -11,11 +11,15 @@ The recipe: SGD with Nesterov momentum, one cosine cycle, label smoothing, weigh
 residual blocks that start as the identity, and images that grow during training. ResNet-34 starts as the
 function of a trained ResNet-18 (Net2Net) rather than from nothing. With `--teacher`, half of each label is what
 a network that knows ImageNet's 1,000 classes predicts for the image (Hinton et al. 2015, arXiv:1503.02531).
+With `--average`, what ships is the mean of the weights after several cycles (Izmailov et al. 2018,
+arXiv:1803.05407).
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--photo-size", type=int, default=128, help="the side in pixels that suits large photographs best")
     add("--label-smoothing", type=float, default=0.1, help="without a teacher")
     add("--teacher", help="a network of torchvision whose predictions are half of each label: resnet50")
+    add("--average", type=Path, nargs="+", help="ends of other cycles: the mean of their weights and these ships")
     add("--scale", type=float, nargs=2, default=(0.35, 1.0), help="share of an image in a crop")
     return parser.parse_args(argv)
 
@@ -135,6 +140,11 @@ def linear_map(rows: Tensor, labels: Tensor, classes: int) -> nn.Linear:
     return linear
 
 
+def average(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several networks' weights and of their batch norms' statistics, float64."""
+    return {name: torch.stack([w[name].cpu().double() for w in weights]).mean(0) for name in weights[0]}
+
+
 def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: TinyImageNet) -> History:
     device = next(model.parameters()).device
     smoothing = 0.0 if args.teacher else args.label_smoothing
@@ -166,6 +176,9 @@ def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: T
 
 def export(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: TinyImageNet, history: History):
     """Evaluate on all validation images and ship the weights with everything that one may ask about them."""
+    if args.average:
+        ends = [starting_point(file)[0] for file in args.average]
+        model.load_state_dict(average([model.state_dict(), *ends]))
     sizes = sorted({*RESOLUTIONS, args.resolution})
     accuracy = {size: round(top1(model, val.images, val.labels, size), 4) for size in sizes}
     print(f"{args.arch}: top-1 on {len(val.labels):,} validation images, by resolution: {accuracy}")
@@ -178,6 +191,8 @@ def export(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: 
         "categories": [name.split(",")[0] for name in val.names],
         "wnids": val.wnids,
     }
+    if args.average:
+        facts["average_of"] = 1 + len(args.average)
     if args.teacher:
         facts["teacher"] = torch.load(args.state / "teacher.pt", weights_only=True)["source"]
     save_weights(args.export / f"{args.arch}_tiny_imagenet.safetensors", model.state_dict(), facts)

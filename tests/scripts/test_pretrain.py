@@ -131,6 +131,21 @@ def test_a_teachers_predictions_are_half_of_each_label(data_root, tmp_path, monk
     torch.testing.assert_close(predicted.sum(1), torch.ones(32))
 
 
+def test_what_ships_may_be_the_mean_of_several_cycles(data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PDL_DATA", str(data_root))
+    train_resnet(tmp_path / "first", "--schedule", "32x1")
+    earlier = str(tmp_path / "first" / "last.pt")
+    out = tmp_path / "out"
+    more = ["--start-from", earlier, "--average", earlier, "--export", str(out)]
+    train_resnet(tmp_path / "second", "--schedule", "32x1", *more)
+    shipped, facts = load_weights(out / "resnet18_tiny_imagenet.safetensors")
+    assert (facts["average_of"], facts["epochs"]) == (2, 2)
+    ends = [last(tmp_path / run)["model"] for run in ("first", "second")]
+    for name in ("fc.weight", "bn1.running_var"):
+        assert not torch.equal(ends[0][name], ends[1][name])
+        torch.testing.assert_close(shipped[name], (ends[0][name] + ends[1][name]) / 2, rtol=1e-3, atol=1e-5)
+
+
 def test_no_image_is_predicted_by_a_map_that_saw_its_label():
     torch.manual_seed(0)
     labels, noise = torch.randint(4, (300,)), torch.randn(300, 400)  # as many numbers as could store all labels
