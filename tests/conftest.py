@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib
 import io
+import linecache
+import os
 import pickle
 import shutil
 import struct
@@ -16,14 +19,18 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
+from IPython.display import DisplayHandle
 from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST, Imagenette
 
 from pdl_utils.datasets import photos, small_images, sources
-from pdl_utils.settings import data_root
+from pdl_utils.settings import REPOSITORY, data_root
 
 tiny_imagenet = importlib.import_module("pdl_utils.datasets.tiny_imagenet")  # the module, not the function
 WNIDS = ["n01443537", "n02123045"]
@@ -236,3 +243,52 @@ def contents() -> Callable[[object], dict[str, object]]:
         return value.tobytes() if isinstance(value, Image.Image) else getattr(value, "tolist", lambda: value)()
 
     return lambda data: {name: plain(value) for name, value in vars(data).items()}
+
+
+# Chosen cells of a notebook, with changes
+
+
+class NotebookCells:
+    """The code cells of a notebook, to run some of them with changes, as a reader does who tries an exercise."""
+
+    def __init__(self, path: Path) -> None:
+        cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        last = next(i for mark in ("run.config(", "Run(") for i, c in enumerate(cells) if mark in c)
+        self.name, self.setup, self.rest = path.stem, cells[: last + 1], cells[last + 1 :]
+
+    def run(self, *texts: str, change: dict[str, str] | None = None) -> dict[str, Any]:
+        """Run the set-up and every later cell that holds one of `texts`, in their order, with each old text in
+        `change` replaced by the new one. Gives the namespace of the cells.
+
+        Raises:
+            LookupError: one of `texts`, or an old text, is in no cell that runs.
+        """
+        chosen = self.setup + [cell for cell in self.rest if any(text in cell for text in texts)]
+        for text in (*texts, *(change or {})):
+            if not any(text in cell for cell in chosen):
+                raise LookupError(f"{self.name}: no cell that runs holds {text!r}")
+        space: dict[str, Any] = {"__name__": "__main__"}
+        with contextlib.redirect_stdout(io.StringIO()):
+            for number, source in enumerate(chosen):
+                for old, new in (change or {}).items():
+                    source = source.replace(old, new)
+                lines = [line for line in source.splitlines(keepends=True) if not line.startswith(("%", "!"))]
+                file = f"<{self.name}, cell {number}>"
+                linecache.cache[file] = (len(source), None, lines, file)  # so that inspect finds the source
+                exec(compile("".join(lines), file, "exec"), space)
+        return space
+
+
+@pytest.fixture
+def notebook_cells(monkeypatch, tmp_path) -> Iterator[Callable[[str], NotebookCells]]:
+    """`notebook_cells("1_grad_cam").run("def class_map", change={"relu()": "abs()"})`: in `fast`, without a
+    network, on stand-ins unless PDL_DATA is set. PDL_NOTEBOOKS names another folder of notebooks."""
+    folder = Path(os.environ.get("PDL_NOTEBOOKS", REPOSITORY / "notebooks"))
+    settings = {"PDL_PROFILE": "fast", "PDL_OFFLINE": "1", "PDL_PROGRESS": "0", "PDL_FIGURES": str(tmp_path)}
+    settings["PDL_DATA"] = os.environ.get("PDL_DATA", str(tmp_path / "data"))
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    for module in ("IPython.display", "pdl_utils.notebook"):
+        monkeypatch.setattr(f"{module}.display", lambda *_, **__: DisplayHandle(), raising=False)
+    yield lambda name: NotebookCells(folder / f"{name}.ipynb")
+    plt.close("all")
