@@ -1,185 +1,194 @@
-"""What a notebook prints: how it was run, source code, tables, figures; and the results that outlive the run."""
+"""What a notebook shows: how it was run, figures, tables, findings and results."""
 
 from __future__ import annotations
 
 import ast
-import datetime
 import inspect
 import json
-import math
 import os
 import platform
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torchvision
-from filelock import FileLock
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
-from pdl_utils.datasets.sources import Provenance, Sourced
 from pdl_utils.plots import use_style
 from pdl_utils.settings import (
     REPOSITORY,
-    Profile,
-    T,
-    bfloat16_is_faster,
     device_name,
+    get_profile,
+    has_bfloat16,
     pick_device,
     save_atomically,
-    save_text,
     seed_everything,
 )
+from pdl_utils.training import run_file
 
 DPI = 100
-S = TypeVar("S", bound=Sourced)
-
-
-def figures_folder() -> Path:
-    """Where figures and `results.json` are written: `PDL_FIGURES` if set, else `figures/` of the checkout."""
-    return Path(os.environ.get("PDL_FIGURES") or REPOSITORY / "figures").absolute()
+T = TypeVar("T")
+Sources = Iterable[Any] | None  # data sets and networks: whatever has a `.provenance`; None: all used so far
 
 
 class Run:
-    """One execution of a notebook. Making it picks the device, seeds, sets the style of the figures, and shows
+    """One execution of a notebook. Making it picks profile and device, seeds, sets the style of figures, and shows
     a table of what the notebook runs with, which grows as data are loaded.
 
-    >>> run = Run("1_grad_cam", get_profile())
-    >>> photos = run.use(imagenet_photos())
-
-    Args:
-        notebook: the notebook's file name without its ending.
-        profile: decides sizes; in `full`, figures and results are written to `figures/` as well.
+    >>> run = Run("1_grad_cam")
+    >>> config = run.config(fast={"photos": 24}, full={"photos": 200})
+    >>> album = run.use(imagenet_photos(config.photos))
     """
 
-    def __init__(self, notebook: str, profile: Profile) -> None:
-        self.notebook, self.profile, self.device = notebook, profile, pick_device()
-        self.started = time.perf_counter()
-        self.entries: dict[str, dict[str, Any]] = {}  # what `record` gave, by name
+    def __init__(self, notebook: str, profile: str | None = None) -> None:
+        """`notebook`: file name without its ending; `profile`: "fast", "full", or None for `get_profile()`."""
+        self.notebook, self.profile, self.device = notebook, get_profile(profile), pick_device()
+        self.full = self.profile.name == "full"
+        self.started, self.sources, self.kept = time.perf_counter(), [], [0, 0]
         seed_everything(0)
         use_style()
-        faster = bfloat16_is_faster(self.device)
         self.rows = {
-            "profile": str(profile),
+            "profile": str(self.profile),
             "device": device_name(self.device),
-            "precision": "float32; training in bfloat16, which is faster on this device" if faster else "float32",
+            "precision": "float32" + ("; training in bfloat16" if has_bfloat16(self.device) else ""),
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
                         f"torchvision {torchvision.__version__}",
         }  # fmt: skip
-        self.shown = display(self._table(), display_id=True)
+        self.shown = display(self._top(), display_id=True)
 
-    def _table(self) -> Markdown:
-        return table(["run", "with"], self.rows.items())
+    def _top(self) -> Markdown:
+        return markdown_table(["run", "with"], self.rows.items())
 
     def note(self, what: str, value: str) -> None:
         """Add a row to the table at the notebook's top, or change it."""
         self.rows[what] = value
         if self.shown is not None:  # outside of a notebook there is nothing to update
-            self.shown.update(self._table())
+            self.shown.update(self._top())
 
-    def use(self, source: S) -> S:
+    def use(self, source: T) -> T:
         """Enter the provenance of data or weights into the table; returns what it was given."""
+        self.sources.append(source)
         self.note(source.provenance.name, source.provenance.source)
         return source
 
-    def finish(self) -> None:
-        """Enter the wall time since the `Run` was made into the table."""
-        seconds = time.perf_counter() - self.started
-        self.note("wall time", f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes")
+    def config(self, *, fast: Mapping[str, Any], full: Mapping[str, Any]) -> SimpleNamespace:
+        """The settings of this run's profile, `config.name`. ValueError: the two do not name the same ones."""
+        if fast.keys() != full.keys():
+            raise ValueError(f"name in both profiles: {', '.join(sorted(fast.keys() ^ full.keys()))}")
+        return SimpleNamespace(**(full if self.full else fast))
 
-    def choose(self, *, fast: T, full: T) -> T:
-        """The value that belongs to this run's profile."""
-        return self.profile.choose(fast=fast, full=full)
+    def file(self, name: str, *code: Callable | torch.nn.Module, **settings: Any) -> Path | None:
+        """Where `fit` keeps a training in the full profile, see `run_file`; None in the fast one."""
+        if not self.full:
+            return None
+        path = run_file(name, *code, **settings)
+        self.kept[0] += path.exists()
+        self.kept[1] += 1
+        self.note("trainings", f"{self.kept[0]} of {self.kept[1]} were found in runs/ and not repeated")
+        return path
 
-    def show(self, figure: Figure, name: str, alt: str, *, photographs: bool = False) -> Image:
-        """The figure with a text for those who cannot see it; the last line of a cell.
+    def once(self, name: str, compute: Callable[[], T], *code: Callable, **settings: Any) -> T:
+        """What `compute()` gives: tensors, numbers, and lists and dictionaries of them. In the full profile it is
+        kept like a training, under a name made of `code` and `settings`, and read back the next time."""
+        path = self.file(name, *code, **settings)
+        if path and path.exists():
+            return torch.load(path, weights_only=True)
+        value = compute()
+        if path:
+            save_atomically(partial(torch.save, value), path)
+        return value
 
-        PNG, or JPEG for figures made of photographs: ten of them as PNG would bring a notebook over what
-        GitHub shows. In the full profile it is written to `figures/` too, as `{name}.png` or `{name}.jpg`.
+    def stand_ins(self, data: Sources) -> str:
+        """The tag " · stand-in for CIFAR-10" if that is what took its place among `data`; else nothing."""
+        return "".join(dict.fromkeys(s.provenance.tag for s in (self.sources if data is None else data)))
+
+    def show(
+        self, figure: Figure, name: str, alt: str, *, photographs: bool = False, data: Sources = None
+    ) -> None:
+        """Display a figure with a text for those who cannot see it; stand-ins among `data` are named below it.
+
+        PNG, or JPEG for figures made of photographs: ten as PNG would bring a notebook over what GitHub shows. In
+        the full profile it is written to `PDL_FIGURES`, or `build/figures/`, as `{name}.png` or `{name}.jpg`.
         """
-        kind, options = ("jpeg", {"pil_kwargs": {"quality": 85, "subsampling": 0}}) if photographs else ("png", {})
+        if told := self.stand_ins(data):
+            figure.text(1, 0, told.strip(" ·"), ha="right", va="top", style="italic")
+        kind, ending, options = "png", "png", {}
+        if photographs:
+            kind, ending, options = "jpeg", "jpg", {"pil_kwargs": {"quality": 85, "subsampling": 0}}
         drawn = BytesIO()
         figure.savefig(drawn, format=kind, dpi=DPI, bbox_inches="tight", **options)
         plt.close(figure)
-        if self.profile.name == "full":
-            file = figures_folder() / f"{name}.{'jpg' if photographs else 'png'}"
-            save_atomically(lambda partial: partial.write_bytes(drawn.getvalue()), file)
-        return Image(drawn.getvalue(), format=kind, alt=alt)
+        display(Image(drawn.getvalue(), format=kind, alt=alt))
+        if self.full:
+            folder = REPOSITORY / (os.environ.get("PDL_FIGURES") or "build/figures")
+            try:
+                save_atomically(lambda partial: partial.write_bytes(drawn.getvalue()), folder / f"{name}.{ending}")
+            except OSError as error:  # the figure is in the notebook all the same
+                self.note("figures", f"not written: {error}")
 
-    def record(
-        self, name: str, values: float | Sequence[float], unit: str, *origins: Provenance
-    ) -> dict[str, Any]:
-        """Enter a result into `figures/results.json` (in the full profile) and return the entry.
+    def table(self, head: Sequence[str], rows: Iterable[Sequence[Any]], *, data: Sources = None) -> None:
+        """Display a Markdown table; stand-ins among `data` are named in its first cell."""
+        display(markdown_table([head[0] + self.stand_ins(data), *head[1:]], rows))
+
+    def finding(
+        self, condition: bool, sentence: str, otherwise: str | None = None, *, data: Sources = None
+    ) -> None:
+        """Display what this run found: `sentence`, or `otherwise` (if there is one) where `condition` is false.
+        Stand-ins among `data` are named."""
+        said = sentence if condition or otherwise is None else otherwise
+        display(Markdown(f"> **{said}**{self.stand_ins(data)}"))
+
+    def results(self, results: Mapping[str, Any]) -> None:
+        """Display all results beside what `figures/published.json` says of others, and note the time until here.
 
         Args:
-            name: what was measured, the same in every run.
-            values: one number, or one a seed: mean and sample standard deviation are kept.
-            unit: "micro-F1", "share of images", …
-            origins: data and weights behind the number.
-
-        Raises:
-            ValueError: there is no value, or one is not finite.
+            results: name → a number, or several (mean ± standard deviation, and how many); or a tuple of this and
+                the data and networks that it comes from. ValueError: a number is missing, NaN or infinite.
         """
-        numbers = [float(v) for v in (values if isinstance(values, Sequence) else [values])]
-        if not numbers or not all(map(math.isfinite, numbers)):
-            raise ValueError(f"{name}: {numbers} are no finite results")
-        mean = sum(numbers) / len(numbers)
-        spread = math.sqrt(sum((v - mean) ** 2 for v in numbers) / (len(numbers) - 1)) if len(numbers) > 1 else 0.0
-        entry = {
-            "mean": round(mean, 6),
-            "std": round(spread, 6),
-            "n": len(numbers),
-            "unit": unit,
-            "provenance": [str(origin) for origin in origins],
-            "run": f"{self.profile.name}, {device_name(self.device)}, torch {torch.__version__}, "
-                   f"{datetime.date.today()}",
-        }  # fmt: skip
-        self.entries[name] = entry
-        if self.profile.name == "full":
-            enter_result(self.notebook, name, entry)
-        return entry
-
-    def results(self) -> Markdown:
-        """All that was recorded in this run, beside what `figures/published.json` says of others."""
         published = json.loads((REPOSITORY / "figures" / "published.json").read_text(encoding="utf-8"))
-        others = {
-            (row, p["column"]): p["figure"]
-            for p in published
-            if p["notebook"] == self.notebook
-            for row in p["rows"]
-        }
         rows = []
-        for name, entry in self.entries.items():
-            theirs = [others.get((name, column), "–") for column in ("paper", "public")]
-            rows.append([name, in_words(entry), *theirs, entry["unit"]])
-        return table(["result", "this run", "paper", "best public", "unit"], rows)
+        for name, result in results.items():
+            values, *sources = result if isinstance(result, tuple) else (result,)
+            theirs = {"paper": "–", "public": "–"}
+            for entry in published:
+                if entry["notebook"] == self.notebook and name in entry["rows"]:
+                    theirs[entry["column"]] = entry["figure"]
+            rows.append([name, in_words(name, values) + self.stand_ins(sources or None), *theirs.values()])
+        display(markdown_table(["result", "this run", "paper", "best public"], rows))
+        seconds = time.perf_counter() - self.started
+        self.note("wall time", f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes")
 
 
-def in_words(entry: dict[str, Any]) -> str:
-    """A recorded result as it is shown: "0.973 ± 0.002 (n = 3)"."""
-    return f"{entry['mean']:.3f}" + (f" ± {entry['std']:.3f} (n = {entry['n']})" if entry["n"] > 1 else "")
+def in_words(name: str, values: float | Sequence[float]) -> str:
+    """A result as it is shown: "0.973 ± 0.002 (n = 3)"."""
+    numbers = np.atleast_1d(np.asarray(values, dtype=float))
+    if not numbers.size or not np.isfinite(numbers).all():
+        raise ValueError(f"{name}: {numbers} are no finite results")
+    if numbers.size == 1:
+        return f"{numbers[0]:.3f}"
+    return f"{numbers.mean():.3f} ± {numbers.std(ddof=1):.3f} (n = {numbers.size})"
 
 
-def enter_result(notebook: str, name: str, entry: dict[str, Any]) -> None:
-    """Write one entry into `results.json`: notebook → name → entry."""
-    file = figures_folder() / "results.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(".results.json.lock")):  # two notebooks may record at once
-        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        results.setdefault(notebook, {})[name] = entry
-        save_text(json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n", file)
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markdown:
+    """A Markdown table of what is given, numbers as the caller formatted them."""
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in cells))
 
 
 def show_source(*objects: Any) -> Markdown:
     """The source of functions, classes or methods as one code block, read from the installed package: what is
     shown is what runs. Docstrings are left out: the prose beside it explains."""
-    parts = [without_docstrings(textwrap.dedent(inspect.getsource(obj)).rstrip()) for obj in objects]
+    parts = [without_docstrings(textwrap.dedent(inspect.getsource(thing)).rstrip()) for thing in objects]
     code = "\n\n\n".join(parts)
     return Markdown(f"```python\n{code}\n```")
 
@@ -195,9 +204,3 @@ def without_docstrings(code: str) -> str:
             if len(node.body) == 1:  # a body that is a docstring alone still needs a statement
                 lines[first] = " " * text.col_offset + "..."
     return "\n".join(line for line in lines if line is not None)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markdown:
-    """A Markdown table: text on the left, numbers (as they are formatted by the caller) as given."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return Markdown("\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]))

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-
-T = TypeVar("T")
 
 # The checkout that this package is installed from (`pip install -e .`): data/ and figures/ live there.
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -22,35 +17,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Profile:
-    """`fast` (a laptop's CPU, minutes) or `full` (a GPU, or patience), and why it was chosen.
-
-    The code of an experiment is the same in both; only sizes and the floors of its claims differ:
-
-    >>> epochs = profile.choose(fast=3, full=60)
-    """
+    """`fast` (a laptop's CPU, minutes) or `full` (a GPU, or patience), and why it was chosen."""
 
     name: str
     reason: str
-
-    def choose(self, *, fast: T, full: T) -> T:
-        """The value that belongs to this profile."""
-        return full if self.name == "full" else fast
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
 
 
-def get_profile() -> Profile:
-    """The profile from `PDL_PROFILE`; unset, `full` where a GPU is found and `fast` otherwise.
-
-    Raises:
-        ValueError: `PDL_PROFILE` is neither `fast` nor `full`.
-    """
-    name = os.environ.get("PDL_PROFILE", "").strip().lower()
+def get_profile(name: str | None = None) -> Profile:
+    """The profile of this name; without one, that of `PDL_PROFILE`; without that, `full` where a GPU is found and
+    `fast` otherwise. ValueError: it is neither `fast` nor `full`."""
+    source = "chosen here" if name else f"PDL_PROFILE={os.environ.get('PDL_PROFILE', '')}"
+    name = (name or os.environ.get("PDL_PROFILE", "")).strip().lower()
     if name in ("fast", "full"):
-        return Profile(name, f"PDL_PROFILE={name}")
+        return Profile(name, source)
     if name:
-        raise ValueError(f"PDL_PROFILE={name!r}: set it to 'fast' or 'full', or unset it")
+        raise ValueError(f"profile {name!r}: set it, or PDL_PROFILE, to 'fast' or 'full', or leave both out")
     if torch.cuda.is_available():
         return Profile("full", "a GPU was found; PDL_PROFILE=fast makes it short")
     return Profile("fast", "no GPU was found; PDL_PROFILE=full runs the whole experiment")
@@ -58,17 +42,12 @@ def get_profile() -> Profile:
 
 def pick_device() -> torch.device:
     """The device experiments run on: `PDL_DEVICE` if set, else CUDA where found, else the CPU.
-
-    Raises:
-        ValueError: `PDL_DEVICE` is not the name of a torch device.
-    """
-    name = os.environ.get("PDL_DEVICE", "").strip()
-    if name:
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ValueError(f"PDL_DEVICE={name!r} is not a torch device; try 'cpu' or 'cuda'") from error
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ValueError: `PDL_DEVICE` names no torch device, or one that is not on this machine."""
+    name = os.environ.get("PDL_DEVICE", "").strip() or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"PDL_DEVICE={name!r} is no device of this machine; try 'cpu' ({error})") from error
 
 
 def device_name(device: torch.device) -> str:
@@ -79,32 +58,14 @@ def device_name(device: torch.device) -> str:
     return f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-@cache
-def bfloat16_is_faster(device: torch.device) -> bool:
-    """Does a training step of a small convolution take less time in bfloat16 autocast than in float32?
-
-    A processor without bfloat16 instructions emulates them, and is several times slower with them. Measured
-    once a process for each device, in a fraction of a second. For training only: what is reported is
-    computed in float32.
-    """
-    float32 = _step_seconds(device, autocast=False)
-    return _step_seconds(device, autocast=True, patience=10 * float32) < 0.9 * float32
-
-
-def _step_seconds(device: torch.device, *, autocast: bool, patience: float = 1.0) -> float:
-    """Shortest time of up to six forward and backward passes of a 3×3 convolution, after one to warm up; none
-    is repeated after one that took longer than `patience` seconds."""
-    convolution = torch.nn.Conv2d(64, 64, 3, padding=1).to(device)
-    images = torch.ones(8, 64, 16, 16, device=device)
-    seconds: list[float] = []
-    while len(seconds) < 7 and (len(seconds) < 2 or seconds[-1] < patience):
-        started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss = convolution(images).float().sum()
-        loss.backward()
-        convolution.weight.grad[0, 0, 0, 0].item()  # a GPU has finished when a number of it is read
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+def has_bfloat16(device: torch.device) -> bool:
+    """Has the device instructions for bfloat16? Without them it is emulated, and several times slower than
+    float32. For training only: what is reported is computed in float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # from NVIDIA's Ampere on
+    if device.type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False  # also where ATEN_CPU_CAPABILITY asks torch for less than there is
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def seed_everything(seed: int) -> None:
@@ -125,36 +86,24 @@ def progress_wanted() -> bool:
 
 
 def data_root() -> Path:
-    """`PDL_DATA` if set; else `data/` of the checkout that this package is installed from, whatever the
-    current folder is; else (a package copied into site-packages) a folder in the user's cache."""
-    if named := os.environ.get("PDL_DATA", "").strip():
-        return Path(named).expanduser().absolute()
-    checked_out = (REPOSITORY / "pyproject.toml").exists()
-    return REPOSITORY / "data" if checked_out else Path.home() / ".cache" / "pdl-utils"
+    """The folder of data and kept trainings: `PDL_DATA`, from the checkout if it is relative; else its `data/`."""
+    return REPOSITORY / Path(os.environ.get("PDL_DATA", "").strip() or "data").expanduser()
 
 
-def save_atomically(write: Callable[[Path], None], path: Path) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step, so that no
-    reader and no later run ever meets half a file, not even after a power cut; a failed write leaves
-    nothing behind.
-
-    Raises:
-        OSError: there is no space, or `path` may not be written; also in place of a RuntimeError of `write`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_atomically(write: Callable[[Path], object], path: Path) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step: nobody ever meets half a
+    file, and a failed write leaves nothing behind. OSError: `path` cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())  # or the new name may reach the disk before the content
         partial.chmod(0o644)  # some writers make files that only their owner may read
         partial.replace(path)
-    except RuntimeError as error:  # torch's, which names neither the file nor the cause
-        raise OSError(f"{path} cannot be written; is the disk full? ({error})") from error
+    except (OSError, RuntimeError) as error:
+        remedy = "is the disk full, or the folder read-only? PDL_DATA and PDL_FIGURES name other folders"
+        raise OSError(f"{path} cannot be written; {remedy} ({error})") from error
     finally:
-        partial.unlink(missing_ok=True)
-
-
-def save_text(text: str, path: Path) -> None:
-    """Write `text` as UTF-8, whole or not at all; raises what `save_atomically` does."""
-    save_atomically(lambda partial: partial.write_text(text, encoding="utf-8"), path)
+        if partial.exists():
+            partial.unlink()

@@ -1,4 +1,4 @@
-"""Files of weights: float16 safetensors with their facts inside. Those that ship have a SHA-256 beside them."""
+"""Files of weights: safetensors with their facts inside. Those that ship have a SHA-256 beside them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +17,7 @@ from pdl_utils.settings import REPOSITORY, save_atomically
 
 CHECKPOINTS = REPOSITORY / "data" / "checkpoints"
 DIGESTS = "SHA256SUMS"
+SCALE = ".row_scale"  # ends the name of what the rows of an 8-bit tensor are multiplied by
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -30,23 +30,25 @@ def sha256(path: Path) -> str:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write floating-point weights as float16 (others as they are) and `facts` as JSON values, and enter the
-    file in its folder's SHA256SUMS (the format of `sha256sum`). Both files are written before either is put in
-    place; killed between those two steps, `load_weights` says that they do not match."""
-    half = {
-        name: (w.half() if w.is_floating_point() else w).detach().cpu().contiguous() for name, w in weights.items()
-    }
-
-    def write(file: Path, sums: Path) -> None:
-        save_file(half, file, {key: json.dumps(value) for key, value in facts.items()})
-        digests = {**read_digests(path.parent), path.name: sha256(file)}
-        sums.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())), newline="\n")
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / f".{DIGESTS}.lock"):  # two processes may save at once
-        save_atomically(
-            lambda sums: save_atomically(lambda partial: write(partial, sums), path), path.parent / DIGESTS
-        )
+    """Write weights, and `facts` as JSON values; enter the file in its folder's SHA256SUMS. A matrix or kernel
+    becomes 8-bit numbers with one scale for each output (row), other floats float16; the rest stays.
+    ValueError: a weight is NaN or infinite."""
+    stored = {}
+    for name, weight in weights.items():
+        weight = weight.detach().cpu()
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity; {path} was not written")
+        if weight.is_floating_point() and weight.ndim > 1:
+            rows = weight.float().flatten(1)
+            scale = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (outputs,)
+            stored[name + SCALE] = scale
+            weight = (rows / scale[:, None]).round().to(torch.int8).view(weight.shape)
+        stored[name] = (weight.half() if weight.is_floating_point() else weight).contiguous()
+    metadata = {key: json.dumps(value) for key, value in facts.items()}
+    save_atomically(lambda partial: save_file(stored, partial, metadata), path)
+    digests = {**read_digests(path.parent), path.name: sha256(path)}
+    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    save_atomically(lambda partial: partial.write_text(text, newline="\n"), path.parent / DIGESTS)
 
 
 def read_digests(folder: Path) -> dict[str, str]:
@@ -57,30 +59,26 @@ def read_digests(folder: Path) -> dict[str, str]:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of this format; nothing is ever unpickled.
-
-    Returns:
-        The weights, float16 ones as float32, and the facts.
-
-    Raises:
-        CorruptCheckpoint: the file is malformed, or a value of its metadata is not JSON.
-    """
+    """The weights in float32, and the facts, of a file of this format; nothing is ever unpickled.
+    CorruptCheckpoint: the file is malformed, or a value of its metadata is not JSON."""
     try:
         with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise CorruptCheckpoint(f"{path} cannot be read as safetensors with JSON metadata ({error})") from error
-    return {name: w.float() if w.dtype == torch.float16 else w for name, w in weights.items()}, facts
+    weights = {}
+    for name, weight in stored.items():
+        if name + SCALE in stored:
+            weight = (weight.flatten(1) * stored[name + SCALE][:, None]).view(weight.shape)
+        if not name.endswith(SCALE):
+            weights[name] = weight.float() if weight.dtype == torch.float16 else weight
+    return weights, facts
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """`read_weights` of a file whose digest stands in its folder's SHA256SUMS.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CorruptCheckpoint: the file differs from its entry in SHA256SUMS, has none, or is malformed.
-    """
+    FileNotFoundError: there is none. CorruptCheckpoint: it differs from its entry, or is malformed."""
     remedy = f"`git checkout -- {path.name}` in {path.parent} brings it back"
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}; {remedy}")
