@@ -130,7 +130,7 @@ def _official_network(arch: str, otherwise: Callable[[str], PretrainedNetwork] |
     def read(path: Path) -> PretrainedNetwork:
         # The file's name ends in the start of its SHA-256, as all of torchvision's do.
         if not sha256(path).startswith(path.stem.rsplit("-", 1)[1]):
-            raise DamagedFile(path, "is truncated or corrupt (its SHA-256 differs)")
+            raise DamagedFile(f"{path} is truncated or corrupt (its SHA-256 differs)")
         model = get_model(arch)
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         origin = Provenance(f"{arch} weights", "torchvision's IMAGENET1K_V1, 1,000 classes")
@@ -145,7 +145,6 @@ def _official_network(arch: str, otherwise: Callable[[str], PretrainedNetwork] |
         download=lambda root: torch.hub.download_url_to_file(
             weights.url, str(root / file), progress=progress_wanted()
         ),
-        url=weights.url,
         stand_in=(lambda: otherwise(arch)) if otherwise else None,
     )  # fmt: skip
 

@@ -95,8 +95,7 @@ def fresh_data(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("PDL_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(sources, "_tried", {})
-    monkeypatch.setattr(sources, "PAUSE", 0.0)
+    monkeypatch.setattr(sources, "_no_answer", [])
 
 
 # Small data sets in their official formats, served on this machine
@@ -189,6 +188,7 @@ def make_imagenette(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
     server.files["imagenette2-320.tgz"] = content
     patch.setitem(Imagenette._ARCHIVES, "320px", (url, md5(content)))
     patch.setattr(photos, "IMAGENETTE_URL", url)
+    patch.setattr(photos, "IMAGENETTE_MD5", md5(content))
     patch.setattr(photos, "IMAGENETTE_COUNT", 2 * len(wnids))
     damaged = f"imagenette2-320/val/{wnids[3]}/{wnids[3]}_1.JPEG"
     return Official(photos.imagenet_photos, "imagenette2-320", files, damaged)

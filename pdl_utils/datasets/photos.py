@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets import Imagenette
 
 from pdl_utils.datasets import stand_ins
-from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain, with_notice
+from pdl_utils.datasets.sources import DamagedFile, Provenance, download_tar, obtain, with_notice
 from pdl_utils.settings import data_root
 
 NAME = "ImageNet photographs"
@@ -21,6 +21,7 @@ OWN_FOLDER = "imagenet-samples"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 IMAGENETTE_SIZE = "320px"  # short side
 IMAGENETTE_URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"
+IMAGENETTE_MD5 = "3df6f0d01a2c9592104656642f5e78a3"
 IMAGENETTE_COUNT = 3925  # photographs in its validation split
 PER_CLASS = 4  # of Imagenette's, so that all ten classes are seen without decoding thousands
 
@@ -69,8 +70,7 @@ def imagenet_photos(count: int | None = None, prefer: Sequence[str] = ()) -> Pho
     return obtain(
         NAME, Path(IMAGENETTE_URL).stem,
         read=lambda folder: _choose(*_imagenette(folder), count, prefer),
-        download=lambda root: Imagenette(root, "val", IMAGENETTE_SIZE, download=True),
-        url=IMAGENETTE_URL,
+        download=lambda root: download_tar(IMAGENETTE_URL, root, IMAGENETTE_MD5),
         stand_in=lambda: _choose(_samples(), stand_in, count, prefer),
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def _own_photos(folder: Path) -> tuple[list[_Candidate], Provenance]:
 def _imagenette(folder: Path) -> tuple[list[_Candidate], Provenance]:
     found = len(list((folder / "val").glob("*/*.JPEG")))
     if found != IMAGENETTE_COUNT:
-        raise DamagedFile(folder / "val", f"has {found} photographs, not {IMAGENETTE_COUNT}")
+        raise DamagedFile(f"{folder}/val has {found} photographs, not {IMAGENETTE_COUNT}")
     dataset = Imagenette(folder.parent, "val", IMAGENETTE_SIZE)
     candidates = _samples()[:1]  # the cat: Imagenette has none
     for wnid, (name, *_) in zip(dataset.wnids, dataset.classes, strict=True):
@@ -122,7 +122,7 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except OSError as error:
-        raise DamagedFile(path, f"cannot be decoded ({error})") from error
+        raise DamagedFile(f"{path} cannot be decoded ({error})") from error
 
 
 def _open_or_skip(path: Path) -> Image.Image | None:

@@ -39,7 +39,7 @@ def ppi(stand_in: Recipe = PPI_SIZED) -> TissueGraphs:
     Raises:
         NoRealData: `PDL_REQUIRE_REAL=1` and PPI cannot be had.
     """
-    return obtain("PPI", "ppi", read=_read, download=_download, url=URL, stand_in=lambda: _stand_in(stand_in))
+    return obtain("PPI", "ppi", read=_read, download=_download, stand_in=lambda: _stand_in(stand_in))
 
 
 def _stand_in(recipe: Recipe) -> TissueGraphs:
@@ -67,10 +67,10 @@ def _graphs(raw: Path, part: str) -> list[Tissue]:
     ids, x, y = (_load(raw / f"{part}_{name}.npy", np.load) for name in ("graph_id", "feats", "labels"))
     for name, array, width in (("feats", x, FEATURES), ("labels", y, LABELS)):
         if array.shape != (len(ids), width):
-            raise DamagedFile(raw / f"{part}_{name}.npy", f"has shape {array.shape}, not {(len(ids), width)}")
+            raise DamagedFile(f"{raw}/{part}_{name}.npy has shape {array.shape}, not {(len(ids), width)}")
     source, target = links = _load(raw / f"{part}_graph.json", _links)
     if links.size and not 0 <= links.min() <= links.max() < len(ids):
-        raise DamagedFile(raw / f"{part}_graph.json", f"names other nodes than the {len(ids)} that have features")
+        raise DamagedFile(f"{raw}/{part}_graph.json names other nodes than the {len(ids)} that have features")
     both = np.sort(np.concatenate([source * len(ids) + target, target * len(ids) + source]))
     source, target = np.divmod(both[np.diff(both, prepend=-1) > 0], len(ids))  # each once, sorted by source
     kept = (source != target) & (ids[source] == ids[target])
@@ -95,6 +95,6 @@ def _load(path: Path, read: Callable[[Path], np.ndarray]) -> np.ndarray:
     try:
         return read(path)
     except FileNotFoundError:
-        raise DamagedFile(path, "is missing") from None
+        raise DamagedFile(f"{path} is missing") from None
     except (ValueError, EOFError, OSError, KeyError, TypeError) as error:
-        raise DamagedFile(path, f"is truncated or corrupt ({error})") from error
+        raise DamagedFile(f"{path} is truncated or corrupt ({error})") from error

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, MNIST
 
 from pdl_utils.datasets import stand_ins
-from pdl_utils.datasets.sources import Provenance, obtain, verify_md5, with_notice
+from pdl_utils.datasets.sources import Provenance, download_tar, obtain, verify_md5, with_notice
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 # torchvision checks the MD5 of MNIST's archives, but not of the unpacked files that it reads.
@@ -49,7 +49,7 @@ def cifar10() -> LabelledImages:
     """
     return obtain(
         "CIFAR-10", CIFAR10.base_folder,
-        read=_read_cifar10, download=lambda root: CIFAR10(root, download=True), url=CIFAR10.url,
+        read=_read_cifar10, download=lambda root: download_tar(CIFAR10.url, root, CIFAR10.tgz_md5),
         stand_in=_cifar10_stand_in,
     )  # fmt: skip
 
@@ -64,7 +64,7 @@ def mnist() -> LabelledImages:
     """
     return obtain(
         "MNIST", "MNIST",
-        read=_read_mnist, download=_download_mnist, url=MNIST_URL,
+        read=_read_mnist, download=_download_mnist,
         stand_in=_mnist_stand_in,
     )  # fmt: skip
 

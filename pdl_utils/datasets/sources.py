@@ -1,36 +1,27 @@
-"""`obtain`, the one place that decides where a data set comes from: verified files under the data root, else the
-official source through the official loader, else an offline stand-in. It prints what it used.
-The environment has the last word:
-
-    PDL_DATA=folder       the data root (default: `data/` of the checkout)
-    PDL_OFFLINE=1         leave the network alone
-    PDL_REQUIRE_REAL=1    a stand-in is an error
-"""
+"""`obtain` decides where data come from: files under the data root, else the official source, else a stand-in.
+It prints what it used. PDL_DATA is the data root; PDL_OFFLINE=1 and PDL_REQUIRE_REAL=1 have the last word."""
 
 from __future__ import annotations
 
-import contextlib
+import os
 import shutil
 import socket
 import tarfile
-import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
-from urllib.parse import urlsplit
+from typing import TypeVar
 
 from filelock import FileLock
-from torchvision.datasets.utils import check_md5
+from torchvision.datasets.utils import check_md5, download_url
 
 from pdl_utils.settings import data_root, flag
 
-ATTEMPTS = 3
-PAUSE = 1.0  # seconds between two attempts
-STALL = 20.0  # seconds without a byte after which a download has failed
-PATIENCE = 4.0  # seconds for all silent hosts together: offline, six data sets must not wait six times
+T = TypeVar("T")  # a data set or a network: something that has a `provenance`
+
+SILENCE = 10.0  # seconds without a byte after which a download has failed
+_no_answer: list[str] = []  # what was asked for in vain: a process that was offline does not wait again
 
 
 @dataclass(frozen=True)
@@ -51,176 +42,107 @@ class Provenance:
 
 
 def with_notice(name: str, source: str, folder: Path) -> Provenance:
-    """Provenance of the files in `folder`. What its NOTICE.txt says, if there is one, is part of it."""
+    """Provenance of the files in `folder`, with what its NOTICE.txt says, if there is one."""
     notice = folder / "NOTICE.txt"
-    if notice.is_file():
-        source += "; " + " ".join(notice.read_text(encoding="utf-8").split())
-    return Provenance(name, source)
-
-
-class Sourced(Protocol):
-    """A data set that knows where it came from."""
-
-    @property
-    def provenance(self) -> Provenance: ...
-
-
-T = TypeVar("T", bound=Sourced)
+    said = "; " + " ".join(notice.read_text("utf-8", "replace").split()) if notice.is_file() else ""
+    return Provenance(name, source + said)
 
 
 class NoRealData(RuntimeError):
     """The real data cannot be had, and a stand-in does not exist or is not allowed."""
 
 
-class DamagedFile(Exception):
+class DamagedFile(RuntimeError):
     """A file of a data set is missing, truncated or not what it should be."""
 
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path} {problem}")
 
-
-def obtain(
-    name: str,
-    folder: str,
-    *,
-    read: Callable[[Path], T],
-    download: Callable[[Path], object],
-    url: str,
-    stand_in: Callable[[], T] | None = None,
-) -> T:
-    """Get a data set from the first source that has it, and print which that was.
-
-    Args:
-        name: what people call it, "CIFAR-10".
-        folder: its folder (or its only file) below the data root; what `download` creates.
-        read: `read(root / folder)` checks the files and loads them. It raises `DamagedFile` for one that
-            is missing or wrong; that file is named, and the data set fetched again.
-        download: `download(root)` runs the official loader in a folder of its own; only what `read` then
-            accepts is moved to the data root, in one step.
-        url: what the loader fetches, or part of it: its host is asked whether there is a network.
-        stand_in: makes what serves offline, if anything does. It satisfies `PDL_REQUIRE_REAL` if its
-            provenance is real: weights that were trained on real data.
-
-    Raises:
-        NoRealData: neither files nor network, and no stand-in or `PDL_REQUIRE_REAL=1`. Says what to do.
-    """
-    place, problem, data = data_root() / folder, None, None
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a DamagedFile that names `path`."""
     try:
-        data = read(place) if place.exists() else None
-    except DamagedFile as damage:
-        print(f"{name}: {damage}")
-    if data is None and not (problem := network_problem(url)):
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(place.parent / f".{place.name}.lock"):
-                data = _fetch(name, place, read, download, url)
-            problem = f"the download of {url} failed {ATTEMPTS} times"
-        except OSError as error:
-            problem = f"{place.parent} cannot be written to ({error})"
-    if data is not None:
-        print(data.provenance)
-        return data
-    data = stand_in() if stand_in else None
-    if data is None or (not data.provenance.real and flag("PDL_REQUIRE_REAL")):
-        unset = " or unset PDL_REQUIRE_REAL to accept the stand-in," if data else ""
-        raise NoRealData(
-            f"{name}: no real data, because {problem}. Connect to the network, with PDL_OFFLINE unset, "
-            f"or put the official files into {place},{unset} and run this again."
-        )
-    print(f"{data.provenance}, because {problem}")
-    return data
-
-
-def _fetch(
-    name: str, place: Path, read: Callable[[Path], T], download: Callable[[Path], object], url: str
-) -> T | None:
-    """Download into a folder beside `place` and check it there, so that `place` is whole or absent."""
-    if place.exists():  # another process may have been faster
-        with contextlib.suppress(DamagedFile):
-            return read(place)
-    staging = place.with_name(f".{place.name}.partial")
-    for attempt in range(1, ATTEMPTS + 1):
-        shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
-        staging.mkdir()
-        try:
-            with careful_downloads():
-                download(staging)
-            data = read(staging / place.name)
-            shutil.rmtree(place, ignore_errors=True)  # damaged; if it is a file, the next line replaces it
-            (staging / place.name).replace(place)
-            return data
-        except Exception as error:  # loaders raise all kinds of things for half a file
-            files = sorted((path.stat().st_mtime_ns, path.name) for path in staging.rglob("*") if path.is_file())
-            last = f" ({files[-1][1]})" if files else ""
-            print(f"{name}: attempt {attempt} of {ATTEMPTS} at {url}{last} failed and was removed: {error}")
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        if attempt < ATTEMPTS:
-            time.sleep(PAUSE)
-    return None
+        yield
+    except (DamagedFile, PermissionError, MemoryError):  # the first has its name, the others are no damage
+        raise
+    except Exception as error:  # readers raise all kinds of things for half a file
+        reason = getattr(error, "strerror", None) or error  # without the path once more
+        raise DamagedFile(f"{path} is missing or damaged ({reason})") from error
 
 
 def verify_md5(folder: Path, expected: Mapping[str, str]) -> None:
-    """Check that `folder` has every file that `expected` names, with that MD5.
-
-    Raises:
-        DamagedFile: at the first that is missing or differs.
-    """
+    """Raise DamagedFile at the first file in `folder` whose MD5 is not the expected one."""
     for name, md5 in expected.items():
-        if not (folder / name).is_file():
-            raise DamagedFile(folder / name, "is missing")
-        if not check_md5(folder / name, md5):
-            raise DamagedFile(folder / name, "is truncated or corrupt (its MD5 differs)")
+        with reading(folder / name):
+            if not check_md5(folder / name, md5):
+                raise ValueError("its MD5 differs")
 
 
-@contextlib.contextmanager
-def careful_downloads() -> Iterator[None]:
-    """Inside, a download that stalls raises instead of hanging, and tar files cannot write outside their
-    folder: loaders have no parameter for the one, and old ones do not see to the other."""
-    timeout, extraction = socket.getdefaulttimeout(), getattr(tarfile.TarFile, "extraction_filter", None)
-    socket.setdefaulttimeout(STALL)
-    if hasattr(tarfile, "data_filter"):
-        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+def download_tar(url: str, folder: Path, md5: str) -> None:
+    """Download and unpack as torchvision does, but only into `folder`, by the filter that is Python's default from
+    3.14 on. Python before 3.10.12 and 3.11.4 has none: there the MD5 alone protects."""
+    download_url(url, folder, md5=md5)
+    with tarfile.open(folder / Path(url).name) as tar:
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(folder)
+
+
+def obtain(
+    name: str, folder: str, *, read: Callable[[Path], T], download: Callable[[Path], object],
+    stand_in: Callable[[], T] | None = None,
+) -> T:  # fmt: skip
+    """A data set from the first source that has it. What lies under the data root is never changed or removed.
+
+    `folder` is its folder, or only file, there; `read` checks and loads it; `download` runs the official loader in
+    an empty folder, where it leaves `folder`; `stand_in` makes what serves offline. DamagedFile and NoRealData say
+    what to do."""
+    place, problem = data_root() / folder, None
+    if not place.exists():
+        problem = "PDL_OFFLINE is set" if flag("PDL_OFFLINE") else _fetch(place, read, download)
+    if problem is None:
+        try:
+            data = read(place)
+        except DamagedFile as damage:
+            raise DamagedFile(f"{damage}. Replace it, or remove {place} to download all of it again.") from damage
+    elif (data := stand_in and stand_in()) is None or (flag("PDL_REQUIRE_REAL") and not data.provenance.real):
+        unset = ", or unset PDL_REQUIRE_REAL to accept a stand-in" if data else ""
+        raise NoRealData(
+            f"{name}: no real data, because {problem}. Connect to the network, with PDL_OFFLINE unset, or put the "
+            f"official files into {place}{unset}, and run this again."
+        )
+    print(data.provenance, end=f", because {problem}\n" if problem else "\n")
+    return data
+
+
+def _fetch(place: Path, read: Callable[[Path], object], download: Callable[[Path], object]) -> str | None:
+    """None if `place` is there now, else why the download failed."""
+    if _no_answer:
+        return f"the network did not answer before ({_no_answer[0]}); restart the kernel to ask again"
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)  # loaders have no parameter for it
     try:
-        yield
+        _put_in_place(place, read, download)
+    except Exception as error:  # loaders raise all kinds of things
+        if isinstance(getattr(error, "reason", None), socket.gaierror | TimeoutError):  # nobody was reached
+            _no_answer.append(f"{place.name}: {error}")
+        if isinstance(error, OSError) and not os.access(place.parent, os.W_OK):
+            return f"{place.parent} cannot be written to ({error.strerror}); set PDL_DATA to a folder that can"
+        return f"the download failed ({error})"
     finally:
         socket.setdefaulttimeout(timeout)
-        tarfile.TarFile.extraction_filter = staticmethod(extraction) if extraction else None
-
-
-_tried: dict[tuple[str, int], float | None] = {}  # (host, port) → seconds it was silent, None if it answered
-
-
-def _answers(host: str, port: int) -> bool:
-    """Does the host accept a connection? Each is tried once."""
-    if (host, port) not in _tried:
-        limit = max(0.0, min(PATIENCE / 2, PATIENCE - sum(filter(None, _tried.values()))))
-        connected = threading.Event()
-
-        def connect() -> None:
-            # Half the limit, so that an address family that leads nowhere leaves time for the other.
-            with contextlib.suppress(OSError), socket.create_connection((host, port), limit / 2):
-                connected.set()
-
-        # In a thread, because looking up a name takes no time-out and may hang for half a minute.
-        started = time.monotonic()
-        thread = threading.Thread(target=connect, daemon=True)
-        thread.start()
-        thread.join(limit)
-        _tried[host, port] = None if connected.is_set() else time.monotonic() - started
-    return _tried[host, port] is None
-
-
-def network_problem(url: str) -> str | None:
-    """Why `url` cannot be fetched, in words that follow 'because', or None if its host, or the proxy that the
-    environment names, answers. A process that was offline stays so: restart the kernel to look again."""
-    if flag("PDL_OFFLINE"):
-        return "PDL_OFFLINE is set"
-    target = urlsplit(url)
-    proxy = urllib.request.getproxies().get(target.scheme)
-    if proxy and not urllib.request.proxy_bypass(target.hostname):
-        target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    port = target.port or {"http": 80, "https": 443}[target.scheme]
-    if not _answers(target.hostname, port):
-        return f"{target.hostname} does not answer (no network?)"
     return None
+
+
+def _put_in_place(place: Path, read: Callable[[Path], object], download: Callable[[Path], object]) -> None:
+    """Download into a folder beside `place`; move what `read` accepts to `place` in one step."""
+    staging = place.with_name(f".{place.name}.partial")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_name(f".{place.name}.lock")):
+        if place.exists():  # another process was faster
+            return
+        shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+        staging.mkdir()
+        try:
+            download(staging)
+            read(staging / place.name)
+            (staging / place.name).rename(place)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)

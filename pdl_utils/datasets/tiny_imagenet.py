@@ -52,7 +52,6 @@ def tiny_imagenet(split: str, limit: int | None = None) -> TinyImageNet:
         "Tiny ImageNet", FOLDER,
         read=lambda folder: _read(folder, split, limit),
         download=lambda folder: download_and_extract_archive(URL, folder, md5=MD5, remove_finished=True),
-        url=URL,
     )  # fmt: skip
 
 
@@ -66,9 +65,9 @@ def _read(folder: Path, split: str, limit: int | None) -> TinyImageNet:
     else:
         rows = _rows(folder / "val" / "val_annotations.txt", folder / "val" / "images")
         if len(rows) != VAL_COUNT:
-            raise DamagedFile(folder / "val" / "val_annotations.txt", f"has {len(rows)} lines, not {VAL_COUNT}")
+            raise DamagedFile(f"{folder}/val/val_annotations.txt has {len(rows)} lines, not {VAL_COUNT}")
     if unknown := {wnid for _, wnid, _ in rows}.symmetric_difference(wnids) | set(wnids).difference(words):
-        raise DamagedFile(folder / "wnids.txt", f"does not fit the other lists of classes ({min(unknown)})")
+        raise DamagedFile(f"{folder}/wnids.txt does not fit the other lists of classes ({min(unknown)})")
     labels = np.array([wnids.index(wnid) for _, wnid, _ in rows])
     picked = np.arange(len(rows)) if limit is None else spread(labels, limit)
     images = np.empty((len(picked), 64, 64, 3), dtype=np.uint8)
@@ -104,7 +103,7 @@ def _rows(annotations: Path, images: Path, wnid: str = "") -> list[tuple[Path, s
             name, *label, x0, y0, x1, y1 = line.split()
             rows.append((images / name, label[0] if label else wnid, [int(x0), int(y0), int(x1), int(y1)]))
         except ValueError as error:
-            raise DamagedFile(annotations, f"has a line that cannot be read: {line!r}") from error
+            raise DamagedFile(f"{annotations} has a line that cannot be read: {line!r}") from error
     return rows
 
 
@@ -112,7 +111,7 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise DamagedFile(path, "is missing or not text") from error
+        raise DamagedFile(f"{path} is missing or not text") from error
 
 
 def _pixels(path: Path) -> np.ndarray:
@@ -120,4 +119,4 @@ def _pixels(path: Path) -> np.ndarray:
         with Image.open(path, formats=["JPEG"]) as image:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
-        raise DamagedFile(path, "is missing, truncated or not a JPEG file") from error
+        raise DamagedFile(f"{path} is missing, truncated or not a JPEG file") from error
