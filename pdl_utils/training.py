@@ -199,12 +199,12 @@ def _resume(
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"]["cpu"])
+        if len(state["random"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        return History(rows), state["best"]
     except Exception as error:  # each part raises its own
         raise UnusableState(f"{file} is of another model; give this training another file ({error})") from error
-    torch.set_rng_state(state["random"]["cpu"])
-    if len(state["random"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
-    return History(rows), state["best"]
 
 
 def run_file(name: str, *code: nn.Module | Callable, **settings: Any) -> Path:

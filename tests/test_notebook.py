@@ -1,94 +1,148 @@
-"""What a notebook prints: the table at its top, source, tables, figures; and the results that are kept."""
+"""What a notebook shows: the table at its top, figures, tables, findings, results; and what it keeps."""
 
 import json
-import math
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 
 from pdl_utils import notebook
 from pdl_utils.datasets.sources import Provenance
-from pdl_utils.notebook import Run, show_source, table, without_docstrings
-from pdl_utils.settings import Profile
+from pdl_utils.notebook import Run, in_words, show_source, without_docstrings
+from pdl_utils.training import fit
 
 
-class Data:
+class StandIn:
     provenance = Provenance("PPI", "stand-in: seeded graphs", real=False)
 
 
-@pytest.fixture
-def runs(monkeypatch, tmp_path):
-    """A run in each profile, which write to a folder of the test's own."""
-    monkeypatch.setenv("PDL_FIGURES", str(tmp_path))
-    return {name: Run("2_graphs", Profile(name, "a test")) for name in ("fast", "full")}
+class Real:
+    provenance = Provenance("CIFAR-10", "official files")
 
 
-class Display:
-    """In place of IPython's: keeps what is shown, and what it is changed to."""
+class Screen:
+    """In place of IPython's display: keeps what is shown, and what it is changed to."""
 
     def __init__(self):
         self.shown = []
 
-    def __call__(self, what, display_id):
-        self.shown.append(what.data)
+    def __call__(self, what, display_id=False):
+        self.shown.append(what)
         return self
 
-    def update(self, what):
-        self.shown.append(what.data)
+    update = __call__
+
+    @property
+    def last(self):
+        return self.shown[-1].data
+
+
+@pytest.fixture
+def screen(monkeypatch, tmp_path):
+    monkeypatch.setenv("PDL_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setenv("PDL_DATA", str(tmp_path / "data"))
+    shown = Screen()
+    monkeypatch.setattr(notebook, "display", shown)
+    return shown
 
 
 @pytest.mark.parametrize(
-    ("faster", "precision"), [(True, "training in bfloat16"), (False, "| precision | float32 |")]
+    ("has", "precision"), [(True, "training in bfloat16"), (False, "| precision | float32 |")]
 )
-def test_the_table_at_the_top_says_what_the_notebook_runs_with(monkeypatch, faster, precision):
-    screen = Display()
-    monkeypatch.setattr(notebook, "display", screen)
-    monkeypatch.setattr(notebook, "bfloat16_is_faster", lambda device: faster)
-    run = Run("2_graphs", Profile("fast", "a test"))
-    assert run.use(Data).provenance is Data.provenance
+def test_the_table_at_the_top_says_what_the_notebook_runs_with(monkeypatch, screen, has, precision):
+    monkeypatch.setattr(notebook, "has_bfloat16", lambda device: has)
+    run = Run("2_graph_attention", "fast")
+    assert run.use(StandIn) is StandIn
     run.note("training", "3 runs")
-    run.finish()
-    first, *_, last = screen.shown
-    assert "| profile | fast (a test) |" in first
-    assert precision in first
-    assert "| PPI | stand-in: seeded graphs |" in last
-    assert "| training | 3 runs |" in last
-    assert last.endswith("seconds |")
+    assert "| profile | fast (chosen here) |" in screen.shown[0].data
+    assert precision in screen.shown[0].data
+    assert "| PPI | stand-in: seeded graphs |" in screen.last
+    assert "| training | 3 runs |" in screen.last
 
 
-def test_a_stand_in_is_named_wherever_its_tag_goes():
-    assert Provenance("PPI", "official files").tag == ""
-    assert "stand-in for PPI" in Data.provenance.tag
+def test_settings_are_those_of_the_profile_and_both_name_the_same(screen):
+    assert Run("x", "fast").config(fast={"epochs": 3}, full={"epochs": 50}).epochs == 3
+    assert Run("x", "full").config(fast={"epochs": 3}, full={"epochs": 50}).epochs == 50
+    with pytest.raises(ValueError, match="name in both profiles: seeds"):
+        Run("x", "fast").config(fast={"epochs": 3}, full={"epochs": 50, "seeds": 3})
 
 
-def test_results_are_kept_in_the_full_profile_only(runs, tmp_path):
-    origin = Provenance("PPI", "official files")
-    runs["fast"].record("GAT", [0.1], "micro-F1", origin)
-    assert not (tmp_path / "results.json").exists()
-    runs["full"].record("GCN", 0.5, "micro-F1", origin)
-    entry = runs["full"].record("GAT", [0.9, 0.8, 1.0], "micro-F1", origin)
-    assert entry["mean"] == pytest.approx(0.9)
-    assert entry["std"] == pytest.approx(0.1), "of the sample, one degree of freedom less"
-    written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert written["2_graphs"]["GAT"] == entry
-    assert written["2_graphs"]["GCN"]["n"] == 1
-    for nonsense in ([], [math.nan], [0.1, math.inf]):
-        with pytest.raises(ValueError, match="no finite results"):
-            runs["full"].record("GAT", nonsense, "micro-F1", origin)
-    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == written
-
-
-def test_figures_are_small_pngs_with_a_text(runs, tmp_path):
+def test_a_figure_is_small_has_a_text_and_is_written_in_full_only(screen, tmp_path):
     figure, axis = plt.subplots()
     axis.plot([1, 2])
-    image = runs["full"].show(figure, "line", "a rising line")
-    assert (tmp_path / "line.png").read_bytes() == image.data
+    Run("x", "full").show(figure, "line", "a rising line")
+    image = screen.shown[-1]
+    assert (tmp_path / "figures" / "line.png").read_bytes() == image.data
     assert image.data.startswith(b"\x89PNG")
     assert image.alt == "a rising line"
-    photo = runs["fast"].show(plt.figure(), "photo", "a photograph", photographs=True)
-    assert photo.data.startswith(b"\xff\xd8")  # JPEG
+    Run("x", "fast").show(plt.figure(), "photo", "a photograph", photographs=True)
+    assert screen.last.startswith(b"\xff\xd8")  # JPEG
     assert not plt.get_fignums()
-    assert [p.name for p in tmp_path.iterdir()] == ["line.png"]
+    assert [p.name for p in (tmp_path / "figures").iterdir()] == ["line.png"]
+
+
+def test_a_folder_that_cannot_be_written_to_costs_a_note_and_not_the_run(screen, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PDL_FIGURES", str(tmp_path / "file"))
+    Run("x", "full").show(plt.figure(), "line", "a line")
+    assert "PDL_FIGURES" in screen.last
+
+
+def test_stand_ins_are_named_where_they_are_shown_and_nowhere_else(screen):
+    run = Run("2_graph_attention", "fast")
+    run.use(StandIn), run.use(Real)
+    run.table(["a", "b"], [[1, "two | three"]])
+    assert screen.last == "| a · stand-in for PPI | b |\n| --- | --- |\n| 1 | two \\| three |"
+    run.table(["a"], [], data=[Real])
+    assert screen.last.startswith("| a |")
+    run.finding(1 > 2, "One is larger.", "One is not larger.")
+    assert screen.last == "> **One is not larger.** · stand-in for PPI"
+    run.finding(False, "Said in any case.", data=[Real])
+    assert screen.last == "> **Said in any case.**"
+    figure = plt.figure()
+    run.show(figure, "f", "f")
+    assert [text.get_text() for text in figure.texts] == ["stand-in for PPI"]
+
+
+def test_results_stand_beside_those_of_others_and_tell_their_stand_ins(screen):
+    published = json.loads((notebook.REPOSITORY / "figures" / "published.json").read_text(encoding="utf-8"))
+    theirs = next(entry for entry in published if entry["column"] == "paper")
+    run = Run(theirs["notebook"], "fast")
+    run.use(Real), run.use(StandIn)
+    run.results({theirs["rows"][0]: ([0.9, 0.8, 1.0], Real), "mine": 0.5})
+    table = screen.shown[-2].data
+    assert f"| {theirs['rows'][0]} | 0.900 ± 0.100 (n = 3) | {theirs['figure']} |" in table
+    assert "| mine | 0.500 · stand-in for PPI | – | – |" in table
+    assert "| wall time | " in screen.last
+    for nonsense in ([], [float("nan")], [0.1, float("inf")]):
+        with pytest.raises(ValueError, match="no finite results"):
+            in_words("mine", nonsense)
+
+
+def test_in_full_what_was_computed_once_is_read_back(screen):
+    asked = []
+
+    def compute():
+        asked.append(1)
+        return {"accuracy": [0.5], "map": torch.ones(2)}
+
+    for profile, count in (("fast", 1), ("full", 2), ("full", 2)):
+        assert Run("x", profile).once("a probe", compute, size=3)["accuracy"] == [0.5]
+        assert len(asked) == count
+    assert "| trainings | 1 of 1 were found in runs/" in screen.last
+    net, loss = torch.nn.Linear(1, 1), lambda net, batch: net(batch).mean()
+    file = Run("x", "full").file("a net", net, seed=0)
+    fit(
+        net,
+        lambda epoch: [torch.ones(1, 1)],
+        loss,
+        torch.optim.SGD(net.parameters()),
+        epochs=1,
+        file=file,
+        label=None,
+    )
+    assert file.exists()
+    assert Run("x", "fast").file("a net", net, seed=0) is None
 
 
 def documented(a):
@@ -107,12 +161,7 @@ def test_source_is_shown_without_docstrings_and_still_runs():
     shown = show_source(documented, OnlyADocstring).data
     assert "# a comment that matters" in shown
     assert "docstring" not in shown.replace("OnlyADocstring", "")
-    code = shown.removeprefix("```python\n").removesuffix("\n```")
     scope = {}
-    exec(code, scope)
+    exec(shown.removeprefix("```python\n").removesuffix("\n```"), scope)
     assert scope["documented"](5) == 5
     assert without_docstrings("x = 'no docstring'") == "x = 'no docstring'"
-
-
-def test_tables_are_markdown():
-    assert table(["a", "b"], [[1, "two"]]).data == "| a | b |\n|---|---|\n| 1 | two |"
