@@ -1,9 +1,9 @@
 # Each target sets itself up on a machine with Python 3.10 or newer, and installs once.
 #   make notebooks   run all notebooks in the profile that fits the machine; copies and HTML in build/notebooks/
 #   make test        unit, parity and fault tests, then every notebook again, small and offline
-#   make figures     render the committed notebooks anew, in the full profile, then docs/results.md and README
-#   make bench       side-by-side timings against the peers
-#   make mutants     deliberate mistakes in the code, one at a time: would the tests notice?
+#   make figures     render the committed notebooks anew, in the full profile, and their figures
+#   make site        README, docs and the committed notebooks as linked pages, in build/site/; nothing is run
+#   make bench       side-by-side timings against the peers, as docs/benchmarks.md shows them
 #   make lint        ruff over code and notebooks
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 QUICKLY := PDL_PROFILE=fast PDL_OFFLINE=1 PDL_PROGRESS=0
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=150 --timeout=200 -x -q
 
-.PHONY: notebooks test figures bench mutants lint clean
+.PHONY: notebooks test figures site bench lint clean
 
 notebooks: $(VENV)/.ready
 	PYTHON=$(BIN)/python sh scripts/run_notebooks.sh build/notebooks $(NOTEBOOKS)
@@ -25,14 +25,15 @@ test: $(VENV)/.ready-test
 	done
 
 figures: $(VENV)/.ready
-	PYTHON=$(BIN)/python PDL_PROFILE=full PDL_PROGRESS=0 sh scripts/run_notebooks.sh --in-place $(NOTEBOOKS)
-	$(BIN)/python scripts/make_docs.py
+	PYTHON=$(BIN)/python PDL_PROFILE=full PDL_FIGURES=figures PDL_PROGRESS=0 \
+	  sh scripts/run_notebooks.sh --in-place $(NOTEBOOKS)
+
+site: $(VENV)/.ready
+	$(BIN)/python scripts/pages.py build/site README.md $(NOTEBOOKS) $(sort $(wildcard docs/*.md))
+	@echo "open build/site/index.html"
 
 bench: $(VENV)/.ready-bench
-	$(BIN)/python benchmarks/run_all.py
-
-mutants: $(VENV)/.ready-test
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python benchmarks/run.py
 
 lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .

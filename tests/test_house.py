@@ -1,12 +1,15 @@
-"""The house: what may import what, what must be declared, and whether README's commands and links exist."""
+"""The house: what may import what, what must be declared, whether README is true, and the pages and the runner."""
 
 import ast
 import importlib.metadata
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from decimal import ROUND_HALF_UP, Decimal
+from html.parser import HTMLParser
 
 import nbformat
 import pytest
@@ -15,8 +18,11 @@ from pdl_utils.settings import REPOSITORY
 
 TOPICS = {"grad_cam", "graphs", "few_labels"}
 PYPROJECT = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-TOOLS = {"jupyterlab"}  # declared because README calls it, not because it is imported
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TOOLS = {"jupyter"}  # declared because README calls it, not because it is imported
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/checkpoints/README.md"]
+PAGES += [f"{path.parent.name}/{path.name}" for path in [*(REPOSITORY / "docs").glob("*.md"), *NOTEBOOKS]]
 
 
 def imports(code):
@@ -40,11 +46,11 @@ def code_of(path):
 
 def declared(*extras):
     """Names of the distributions in pyproject.toml's dependencies, and in these extras."""
-    chosen = [
+    texts = [
         re.search(rf"^{name} = \[(.*?)\]$", PYPROJECT, re.MULTILINE | re.DOTALL)[1]
         for name in ("dependencies", *extras)
     ]
-    return {name.lower() for text in chosen for name in re.findall(r'"([\w-]+)>=', text)}
+    return {name.lower() for text in texts for name in re.findall(r'"([\w-]+)>=', text)}
 
 
 def imported_distributions(paths):
@@ -74,6 +80,16 @@ def test_tests_and_benchmarks_import_what_their_extra_declares(folder, extra):
     assert {name: file for name, file in found.items() if name not in declared(extra)} == {}
 
 
+def test_conda_brings_what_pip_would():
+    text = (REPOSITORY / "environment.yml").read_text(encoding="utf-8")
+    names = {"torch": "pytorch", "torch-geometric": "pytorch_geometric"}
+    theirs = dict(re.findall(r"^  - ([\w-]+)>=([\d.]+)$", text, re.MULTILINE))
+    for name, version in re.findall(r'"([\w-]+)>=([\d.]+)"', PYPROJECT):
+        assert theirs.get(names.get(name, name), version) == version, name
+    listed = ["torch", "torchvision", "torch-geometric", "matplotlib", "numpy", "jupyter", "scikit-learn", "nbval"]
+    assert {names.get(name, name) for name in listed} <= set(theirs)
+
+
 def test_topics_import_the_shared_ground_only_and_the_shared_ground_no_topic():
     package = REPOSITORY / "pdl_utils"
     assert {path.parent.name for path in package.rglob("*.py")} == {"pdl_utils", "datasets", *TOPICS}
@@ -88,50 +104,114 @@ def test_topics_import_the_shared_ground_only_and_the_shared_ground_no_topic():
     assert checked > 25
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebooks_import_from_few_places(path):
-    places = {m for m in imports(code_of(path)) if m.startswith("pdl_utils")} - {"pdl_utils"}
-    assert 1 <= len(places) <= 6, sorted(places)
-    assert not {place for place in places if place.split(".")[1] in TOPICS and place.count(".") > 1}
-    lines = [n for n in ast.walk(ast.parse(code_of(path))) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    assert len(lines) <= 12
+# README and the other pages
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("results", "benchmarks"))]
-)
-def test_links_and_commands_on_a_page_lead_somewhere(page):
+def text_of(page):
+    """A page's Markdown, without its code."""
+    path = REPOSITORY / page
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, as_version=4).cells
+        text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+    else:
+        text = path.read_text(encoding="utf-8")
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_on_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = (REPOSITORY / page).parent / file if file else REPOSITORY / page
+        assert target.exists(), link
+        if anchor and target.suffix in (".md", ".ipynb"):
+            assert anchor in anchors(target.relative_to(REPOSITORY) if target.is_absolute() else target), link
+
+
+@pytest.mark.parametrize("page", PAGES[:2])
+def test_commands_on_a_page_exist(page):
     text = (REPOSITORY / page).read_text(encoding="utf-8")
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    missing = [link for link in links if not (REPOSITORY / page).parent.joinpath(link).exists()]
-    assert missing == []
     targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert set(re.findall(r"^make (\w+)|`make (\w+)", text, re.MULTILINE)) <= {
-        pair for target in targets for pair in ((target, ""), ("", target))
-    }
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)) <= targets
+    used = set(re.findall(r"PDL_[A-Z]+", "\n".join(map(code_of, (REPOSITORY / "pdl_utils").rglob("*.py")))))
+    assert set(re.findall(r"PDL_[A-Z]+", text)) <= used
+    if page == "README.md":
+        assert set(re.findall(r"^\| `(PDL_[A-Z]+)", text, re.MULTILINE)) == used
 
 
-def test_readme_is_one_page():
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 125
-    assert text.count("![") == len(NOTEBOOKS)
+def test_readme_is_one_page_and_begins_with_the_figures():
+    assert len(README.splitlines()) <= 125
+    assert README.count("![") == len(NOTEBOOKS)
+    version = re.search(r'^version = "(.*)"', PYPROJECT, re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## {version}" in (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def results_of(number):
+    """The rows of a committed notebook's results table: name → the other cells."""
+    (path,) = [path for path in NOTEBOOKS if path.name.startswith(number)]
+    outputs = [o for c in nbformat.read(path, as_version=4).cells for o in c.get("outputs", [])]
+    tables = [o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
+    (table,) = [text for text in tables if "| paper | best public |" in text.splitlines()[0]]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[2:]]
+    return {row[0]: row[1:4] for row in rows}
+
+
+def test_readmes_results_are_rows_of_the_notebooks_tables():
+    rows = re.findall(r"^\| (\d) · (.*?) \| (.*) \|$", README, re.MULTILINE)
+    assert 6 <= len(rows) <= 10
+    for number, name, cells in rows:
+        assert cells.split(" | ") == results_of(number)[name]
+
+
+def test_a_published_figure_says_what_it_is_and_stands_beside_a_result():
+    published = json.loads((REPOSITORY / "figures" / "published.json").read_text(encoding="utf-8"))
+    places = [(f["notebook"], row, f["column"]) for f in published for row in f["rows"]]
+    assert len(set(places)) == len(places)
+    for figure in published:
+        assert set(figure) == {"notebook", "rows", "column", "figure", "measured", "source", "address"}
+        assert figure["column"] in ("paper", "public")
+        assert re.match(r"0\.\d{3}( ± 0\.\d{3})? ?\S", figure["figure"])
+        assert figure["address"].startswith("https://")
+        assert set(figure["rows"]) <= set(results_of(figure["notebook"][0]))
+
+
+def test_numbers_in_readmes_captions_are_results_rounded_from_the_tables_digits():
+    captions = re.findall(r"^\*\[(\d) · .*?\*$", README, re.MULTILINE | re.DOTALL)
+    assert captions == ["1", "2", "3"]
+    for caption in re.finditer(r"^\*\[(\d) · .*?\*$", README, re.MULTILINE | re.DOTALL):
+        results = [Decimal(row[0].split()[0]) for row in results_of(caption[1]).values()]
+        percents = {f"{(100 * r).quantize(Decimal(1), ROUND_HALF_UP)}%" for r in results}
+        for number in re.findall(r"\d+%|\d\.\d+", caption[0]):
+            assert number in percents | set(map(str, results)), number
+
+
+# The runner and the pages
 
 
 def notebook(path, *sources):
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
-    made.cells.append(nbformat.v4.new_markdown_cell("the feature $x_i$"))
+    made.cells.append(nbformat.v4.new_markdown_cell("the feature $x_i$, `not $this$`, and [README](../README.md)"))
     made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    made.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(made, path)
     return path
 
 
-@pytest.mark.skipif(shutil.which("sh") is None, reason="a system without make has README's three commands")
-def test_the_runner_writes_copies_and_html_and_fails_when_a_cell_does(tmp_path):
+@pytest.mark.skipif(shutil.which("sh") is None, reason="a system without make has README's other commands")
+def test_the_runner_writes_copies_and_html_and_fails_when_a_cell_or_a_page_does(tmp_path):
     def run(*arguments):
-        script = REPOSITORY / "scripts" / "run_notebooks.sh"
-        return subprocess.run(
-            ["sh", script, *arguments], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
-        )
+        command = ["sh", REPOSITORY / "scripts" / "run_notebooks.sh", *arguments]
+        environment = os.environ | {"PYTHON": sys.executable}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     good = notebook(
         tmp_path / "good.ipynb",
@@ -141,9 +221,12 @@ def test_the_runner_writes_copies_and_html_and_fails_when_a_cell_does(tmp_path):
     bad = notebook(tmp_path / "bad.ipynb", "1 / 0")
     before = bad.read_bytes()
     assert run(tmp_path / "out", good).returncode == 0
-    page = (tmp_path / "out" / "good.html").read_text(encoding="utf-8")
-    assert "42 seconds" in page
-    assert "<msub><mi>x</mi><mi>i</mi></msub>" in page  # a formula that needs no network
+    assert "42 seconds" in (tmp_path / "out" / "good.html").read_text(encoding="utf-8")
+    (tmp_path / "out" / "good.html").unlink()
+    (tmp_path / "out" / "good.html").mkdir()  # no page can be written there
+    ran = run(tmp_path / "out", good)
+    assert ran.returncode == 1
+    assert "failed: good" in ran.stderr
     ran = run("--in-place", bad, good)
     assert ran.returncode == 1
     assert "failed: bad" in ran.stderr
@@ -152,5 +235,47 @@ def test_the_runner_writes_copies_and_html_and_fails_when_a_cell_does(tmp_path):
     assert bad.read_bytes() == before  # a failed run replaces nothing
     executed = nbformat.read(good, as_version=4)
     assert executed.cells[0].outputs[0].data["text/markdown"] == "| run | 42 seconds |"
-    assert executed.metadata.language_info == {"name": "python"}  # no version that changes with every rendering
-    assert "execution" not in executed.cells[0].metadata
+    assert executed.metadata.language_info.file_extension == ".py"
+    assert "version" not in executed.metadata.language_info  # it would change with every rendering
+    assert executed.cells[0].metadata == {"tags": ["parameters"]}
+
+
+class Elements(HTMLParser):
+    """The images and addresses of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.alts, self.addresses = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if tag == "img":
+            self.alts.append(found.get("alt", ""))
+        for name in ("src", "href"):
+            if tag != "a" or name != "href":
+                self.addresses.append(found.get(name) or "")
+
+
+def test_the_pages_need_no_network_and_have_a_text_for_every_figure(tmp_path):
+    files = ["README.md", *(str(path) for path in NOTEBOOKS), "docs/reliability.md"]
+    command = [sys.executable, "scripts/pages.py", tmp_path, *files]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    for path in [*NOTEBOOKS, REPOSITORY / "index"]:
+        html = (tmp_path / f"{path.stem}.html").read_text(encoding="utf-8")
+        page = Elements(html)
+        assert len(page.alts) >= 3
+        assert all(text and "No description" not in text for text in page.alts)
+        assert [a for a in page.addresses if a and not a.startswith("data:")] == []
+        assert "$$" not in html
+        assert 'href="index.html"' in html
+        assert path.stem == "index" or "<math" in html
+    assert 'href="2_graph_attention.html"' in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_page_leaves_code_and_links_without_a_page_alone(tmp_path):
+    source = notebook(tmp_path / "one.ipynb", "1")
+    subprocess.run([sys.executable, REPOSITORY / "scripts" / "pages.py", tmp_path, source], check=True)
+    page = (tmp_path / "one.html").read_text(encoding="utf-8")
+    for part in ("<msub><mi>x</mi><mi>i</mi></msub>", "not $this$", "and README"):
+        assert part in page
