@@ -1,43 +1,49 @@
 """Images as whole batches on their own device: resize, augment, normalise, and what a network says about them.
 
-Images are uint8 in 0..255 until `normalize`; a network sees only what `normalize` gives.
-
-One affine resampling a batch replaces the usual call an image: cropping, resizing and flipping are a single
-`grid_sample`. Colour is affine as well: brightness, contrast, saturation, hue and greyness of an image are one
-3×4 matrix.
+Images are uint8 (N, C, H, W) in 0..255, three channels or one (grey), of any height and width, until `normalize`;
+a network sees only what `normalize` gives. One affine resampling a batch replaces the usual call an image: cropping,
+resizing and flipping are a single `grid_sample`. Colour is affine as well: brightness, contrast, saturation, hue and
+greyness of an image are one 3×4 matrix.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Size = int | tuple[int, int]  # the shorter side in pixels, which keeps the shape; or height and width
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-RATIO = (3 / 4, 4 / 3)  # smallest and largest ratio of a crop's width to its height
+RATIO = (3 / 4, 4 / 3)  # by how much a crop is wider than its image's shape, at least and at most
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Standardise the colour channels with ImageNet's mean and deviation.
+def check_images(images: Tensor) -> None:
+    """TypeError or ValueError where `images` are not uint8 (N, C, H, W); says what to do."""
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(
+            f"images must be a tensor of uint8 in 0..255, not {kind}; "
+            "floats in 0..1 become that by (255 * images).round().to(torch.uint8)"
+        )
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"images must be (N, 3, H, W), or (N, 1, H, W) for grey ones, not {tuple(images.shape)}; "
+            "one image: image[None]; channels last: images.permute(0, 3, 1, 2)"
+        )
 
-    Args:
-        images: uint8 (N, 3, H, W).
 
-    Returns:
-        float32 (N, 3, H, W), channels_last in memory, which convolutions like best.
-
-    Raises:
-        TypeError: the images are not uint8.
-    """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8 in 0..255, not {images.dtype}")
-    mean = 255 * torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = 255 * torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+def normalize(
+    images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Tensor:
+    """uint8 (N, C, H, W) → float32 (N, 3, H, W), each channel standardised, channels_last in memory, which
+    convolutions like best. Grey becomes three equal channels first."""
+    check_images(images)
+    mean, std = (255 * torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -46,31 +52,34 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Resize uint8 (N, C, H, W) to (N, C, size, size), bilinear and anti-aliased."""
-    if images.shape[-2:] == (size, size):
+def height_and_width(images: Tensor, size: Size | None) -> tuple[int, int]:
+    """What `size` means for these images; None: as they are."""
+    height, width = images.shape[-2:]
+    if isinstance(size, int):
+        shorter = min(height, width)
+        return size * height // shorter, size * width // shorter
+    return size or (height, width)
+
+
+def resize(images: Tensor, size: Size) -> Tensor:
+    """Resize uint8 (N, C, H, W), bilinear and anti-aliased."""
+    check_images(images)
+    shape = height_and_width(images, size)
+    if images.shape[-2:] == shape:
         return images
-    return to_uint8(F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True))
+    return to_uint8(F.interpolate(images.float(), shape, mode="bilinear", antialias=True))
 
 
 def crop_parameters(
-    n: int,
-    *,
-    scale: tuple[float, float] = (0.35, 1.0),
-    ratio: tuple[float, float] = RATIO,
-    flip: bool = True,
+    n: int, *, scale: tuple[float, float] = (0.35, 1.0), ratio: tuple[float, float] = RATIO, flip: bool = True,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw crops for n images (Szegedy et al. 2014, arXiv:1409.4842, sec. 6).
-
-    Args:
-        scale: smallest and largest share of the image's area in a crop.
-        ratio: smallest and largest ratio of a crop's width to its height; drawn log-uniformly.
-        flip: mirror every second image, at random.
-        generator: CPU generator; the same one gives the same crops on every device.
+) -> Tensor:  # fmt: skip
+    """Draw crops for n images (Szegedy et al. 2014, arXiv:1409.4842, sec. 6): a share of the area from `scale`, a
+    ratio log-uniformly from `ratio`, and with `flip` every second one mirrored, at random.
 
     Returns:
         An affine map each, (n, 2, 3), from the crop to its place in the image; both have coordinates in [-1, 1]².
+        The generator is on the CPU: the same one gives the same crops on every device.
     """
 
     def uniform(low: float, high: float) -> Tensor:
@@ -86,11 +95,14 @@ def crop_parameters(
     return theta
 
 
-def crop(images: Tensor, theta: Tensor, size: int) -> Tensor:
-    """Cut crops (N, 2, 3), as `crop_parameters` draws them, out of uint8 (N, C, H, W).
-    Gives uint8 (N, C, size, size)."""
-    grid = F.affine_grid(theta.to(images.device), [len(images), images.shape[1], size, size], align_corners=False)
-    return to_uint8(F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False))
+def crop(images: Tensor, theta: Tensor, size: Size | None = None) -> Tensor:
+    """Cut crops (N, 2, 3), as `crop_parameters` draws them, out of uint8 (N, C, H, W), and resize them to `size`.
+    Where that is smaller than the image, a pixel is the mean of k×k samples: one sample would skip pixels."""
+    (height, width), (rows, columns) = images.shape[-2:], height_and_width(images, size)
+    k = math.ceil(max(height / rows, width / columns, 1))
+    grid = F.affine_grid(theta.to(images.device), [len(images), 3, k * rows, k * columns], align_corners=False)
+    pixels = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return to_uint8(F.avg_pool2d(pixels, k) if k > 1 else pixels)
 
 
 # Weights of a colour's brightness (ITU-R BT.601, as PIL and torchvision use them), and an orthonormal basis
@@ -102,50 +114,29 @@ HUE_PLANE = torch.tensor([[2.0, -1.0, -1.0], [0.0, 3**0.5, -(3**0.5)]]) / 6**0.5
 def change_colors(
     images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, angle: Tensor
 ) -> Tensor:
-    """Brightness, then contrast, saturation and hue. Each is an affine map of (red, green, blue), so the four
-    together are one matrix an image, and one batched product.
-
-    Args:
-        images: uint8 (N, 3, H, W).
-        brightness, contrast, saturation: factors (N,), 1 for no change. Saturation 0 gives grey.
-        angle: by which the hue turns about the grey axis, (N,), in radians.
-
-    Returns:
-        uint8 (N, 3, H, W).
-    """
+    """Brightness, then contrast and saturation, by factors (N,), then the hue, turned about the grey axis by `angle`
+    (N,) in radians. Each is an affine map of (red, green, blue): one matrix an image. Gives uint8 (N, 3, H, W)."""
     brightness, contrast, saturation = (factor.view(-1, 1, 1) for factor in (brightness, contrast, saturation))
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(-1, 2, 2)
     hue = HUE_PLANE.T @ turn @ HUE_PLANE + 1 / 3  # turns the plane, keeps the grey axis
     color = hue @ (saturation * torch.eye(3) + (1 - saturation) * LUMA.expand(3, 3))
     # Contrast is about the mean grey of the image, which saturation and hue leave as it is.
+    images = images.expand(-1, 3, -1, -1)
     pixels = images.flatten(2).float()
     grey = pixels.mean(2) @ LUMA.to(images.device)
     offset = grey.view(-1, 1, 1) * (brightness * (1 - contrast)).to(images.device)
     matrix = (brightness * contrast * color).to(images.device)
-    return to_uint8(torch.baddbmm(offset, matrix, pixels)).view_as(images)
+    return to_uint8(torch.baddbmm(offset, matrix, pixels)).view(images.shape)
 
 
 def color_jitter(
-    images: Tensor,
-    *,
-    strength: float,
-    probability: float = 0.8,
-    gray: float = 0.0,
+    images: Tensor, *, strength: float, probability: float = 0.8, gray: float = 0.0,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Change the colours of every image at random (Chen et al. 2020, arXiv:2002.05709, appendix A).
-
-    Args:
-        images: uint8 (N, 3, H, W).
-        strength: brightness, contrast and saturation change by a factor of 1 ± 0.8·strength, the hue by up
-            to ± 0.2·strength of a full turn.
-        probability: share of images that are jittered.
-        gray: share of images that lose their colour.
-        generator: CPU generator; the same one gives the same colours on every device.
-
-    Returns:
-        uint8 (N, 3, H, W).
-    """
+) -> Tensor:  # fmt: skip
+    """Change the colours of images at random (Chen et al. 2020, arXiv:2002.05709, appendix A): of a share
+    `probability` of them brightness, contrast and saturation by a factor of 1 ± 0.8·strength, and the hue by up to
+    ± 0.2·strength of a full turn; a share `gray` of all loses its colour. uint8 (N, C, H, W) → (N, 3, H, W)."""
+    check_images(images)
     n = len(images)
     jittered = (torch.rand(n, generator=generator) < probability).float()
 
@@ -160,32 +151,25 @@ def color_jitter(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A recipe of random changes, applied to whole batches; without arguments, none.
+    """Random changes of whole batches; without arguments, none. Images keep their shape unless `size` has another."""
 
-    Attributes:
-        flip: mirror every second image.
-        shift: move by up to so many pixels, filling up with the border: the padded crop of CIFAR recipes.
-        scale: smallest and largest share of the image in a crop that is then resized; None for no such crop.
-        jitter: strength of `color_jitter`; 0 leaves the colours alone.
-        gray: share of images that lose their colour.
-    """
-
-    flip: bool = False
-    shift: int = 0
-    scale: tuple[float, float] | None = None
-    jitter: float = 0.0
-    gray: float = 0.0
+    flip: bool = False  # mirror every second image
+    shift: int = 0  # move by up to so many pixels, the border repeated: the padded crop of CIFAR recipes
+    scale: tuple[float, float] | None = None  # smallest and largest share of the image in a crop; None: no crops
+    jitter: float = 0.0  # strength of `color_jitter`
+    gray: float = 0.0  # share of images that lose their colour
 
     def __call__(
-        self, images: Tensor, size: int | None = None, generator: torch.Generator | None = None
+        self, images: Tensor, size: Size | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """uint8 (N, 3, H, W) → uint8 (N, 3, size, size); `size` defaults to that of the images."""
-        n, side = len(images), images.shape[-1]
+        """uint8 (N, C, H, W) → uint8 of `size`, by default that of the images."""
+        check_images(images)
         scale, ratio = (self.scale, RATIO) if self.scale else ((1, 1), (1, 1))
-        theta = crop_parameters(n, scale=scale, ratio=ratio, flip=self.flip, generator=generator)
-        if self.shift:  # the image spans 2 of the grid's units
-            theta[:, :, 2] += (2 * torch.rand(n, 2, generator=generator) - 1) * 2 * self.shift / side
-        images = crop(images, theta, size or side)
+        theta = crop_parameters(len(images), scale=scale, ratio=ratio, flip=self.flip, generator=generator)
+        if self.shift:  # an image spans 2 of the grid's units
+            pixel = 2 / torch.tensor([images.shape[3], images.shape[2]])
+            theta[:, :, 2] += (2 * torch.rand(len(images), 2, generator=generator) - 1) * self.shift * pixel
+        images = crop(images, theta, size)
         if self.jitter or self.gray:
             images = color_jitter(images, strength=self.jitter, gray=self.gray, generator=generator)
         return images
@@ -193,34 +177,31 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """Batches of augmented images in random order; calling it gives those of another epoch.
+    """Batches of augmented images in random order, (images, labels): normalised float32 (N, 3, h, w) and int64 (N,);
+    where there are no labels, two independent views of the same images. Calling it gives those of another epoch.
 
-    A batch is (images, labels): normalised float32 (N, 3, size, size) and int64 (N,). Where there are no
-    labels, it is two independent views of the same images. Everything random follows from `seed`, `epoch` and
-    `part` alone, so a resumed run sees what an unbroken one does. The last, incomplete batch is left out.
+    Everything random follows from `seed`, `epoch` and `part` alone, so a resumed run sees what an unbroken one does.
+    The last, incomplete batch is left out; ValueError where that leaves none."""
 
-    Attributes:
-        images: uint8 (N, 3, H, W), on the training device.
-        sizes: side in pixels that images are augmented to, one an epoch.
-        labels: (N,), on the same device.
-        part: (k, n): of each batch, this is the k-th of n equal parts, for training in n processes.
-
-    Raises:
-        ValueError: there are fewer images than one batch needs.
-    """
-
-    images: Tensor
-    sizes: list[int]
+    images: Tensor  # uint8 (N, C, H, W), on the training device
+    sizes: list[Size]  # that images are augmented to, one an epoch
     augment: Augmentation
     batch_size: int
-    labels: Tensor | None = None
+    labels: Tensor | None = None  # (N,), on the same device
     seed: int = 0
     epoch: int = 0
-    part: tuple[int, int] = (0, 1)
+    part: tuple[int, int] = (0, 1)  # (k, n): of each batch the k-th of n equal parts, for training in n processes
 
     def __post_init__(self) -> None:
-        if len(self) < 1:
+        check_images(self.images)
+        if self.batch_size < 1 or len(self) < 1:
             raise ValueError(f"{len(self.images)} images make no batch of {self.batch_size}; lower the batch size")
+        if self.batch_size % self.part[1]:
+            raise ValueError(
+                f"{self.part[1]} processes do not divide a batch of {self.batch_size}; change its size"
+            )
+        if self.labels is not None and len(self.labels) != len(self.images):
+            raise ValueError(f"{len(self.images)} images have {len(self.labels)} labels; give one label an image")
 
     def __call__(self, epoch: int) -> Batches:
         return replace(self, epoch=epoch)
@@ -242,26 +223,20 @@ class Batches:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, images: Tensor, size: int | None = None, batch: int = 250) -> Tensor:
-    """What a network in eval mode gives for uint8 images (N, 3, H, W): logits, or the features of an encoder,
-    float32 (N, D), on the model's device. Always computed in float32.
-
-    Args:
-        size: resize the images to this side in pixels first.
-        batch: how many images to look at in one go; it does not change the result.
-
-    Raises:
-        ValueError: the model is in train mode, where its outputs would depend on the rest of the batch.
-    """
+def outputs(model: nn.Module, images: Tensor, size: Size | None = None, batch: int = 250) -> Tensor:
+    """What a network gives for uint8 images (N, C, H, W), resized to `size` first: logits, or the features of an
+    encoder, (N, D), on the model's device, always computed in float32, `batch` images at a time.
+    ValueError: the model is in train mode, where its outputs would depend on the rest of the batch."""
+    check_images(images)
     if model.training:
         raise ValueError("the model is in train mode, batch norm would look at the batch; call model.eval() first")
     device = next(model.parameters()).device
+    shape = height_and_width(images, size)
     with torch.autocast(device.type, enabled=False):
-        parts = [model(normalize(resize(some.to(device), size or some.shape[-1]))) for some in images.split(batch)]
-    return torch.cat(parts)
+        return torch.cat([model(normalize(resize(some.to(device), shape))) for some in images.split(batch)])
 
 
-def top1(model: nn.Module, images: Tensor, labels: Tensor, size: int | None = None) -> float:
-    """Share of uint8 images (N, 3, H, W) whose most probable class is their label (N,)."""
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, size: Size | None = None) -> float:
+    """Share of uint8 images (N, C, H, W) whose most probable class is their label (N,)."""
     guesses = outputs(model, images, size).argmax(1)
     return (guesses == labels.to(guesses.device)).float().mean().item()

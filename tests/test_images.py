@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pdl_utils.images import (
     Augmentation,
     Batches,
+    accuracy,
     change_colors,
     color_jitter,
     crop,
@@ -18,16 +19,15 @@ from pdl_utils.images import (
     normalize,
     outputs,
     resize,
-    top1,
 )
 from pdl_utils.resnet import cifar_resnet18
 
 EVERYTHING = Augmentation(flip=True, shift=4, scale=(0.2, 1.0), jitter=0.5, gray=0.2)
 
 
-def noise(n, side=32, low=0, high=256):
+def noise(n, side=32, low=0, high=256, width=None, channels=3):
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(low, high, (n, 3, side, side), dtype=torch.uint8, generator=generator)
+    return torch.randint(low, high, (n, channels, side, width or side), dtype=torch.uint8, generator=generator)
 
 
 def assert_within_one(ours, theirs):
@@ -36,17 +36,71 @@ def assert_within_one(ours, theirs):
     assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
-def test_normalize_standardises_bytes_and_refuses_anything_else():
+def test_normalize_standardises_bytes_and_grey_becomes_three_channels():
     pixels = noise(2, 4)
     expected = (pixels[0, 1, 2, 3] / 255 - 0.456) / 0.224
     torch.testing.assert_close(normalize(pixels)[0, 1, 2, 3], expected)
-    with pytest.raises(TypeError, match="must be uint8"):
-        normalize(pixels / 255)
+    assert normalize(pixels, (0, 0, 0), (1, 1, 1))[0, 1, 2, 3] == pixels[0, 1, 2, 3] / 255
+    grey = noise(2, 4, channels=1)
+    assert torch.equal(normalize(grey), normalize(grey.expand(-1, 3, -1, -1)))
 
 
-@pytest.mark.parametrize("size", [20, 32, 65])
-def test_resizing_is_that_of_torchvision(size):
-    assert_within_one(resize(noise(3), size), TF.resize(noise(3), [size, size], antialias=True))
+def a_network():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).eval()
+
+
+@pytest.mark.parametrize(
+    "takes_images",
+    [
+        normalize, lambda x: resize(x, 16), Augmentation(flip=True), Augmentation(),
+        lambda x: color_jitter(x, strength=0.5), lambda x: outputs(a_network(), x, 16),
+        lambda x: outputs(a_network(), x),
+        lambda x: Batches(images=x, sizes=[16], augment=Augmentation(), batch_size=1),
+    ],
+)  # fmt: skip
+def test_one_guard_names_what_are_no_images_and_the_remedy(takes_images):
+    for wrong in (noise(4) / 255, noise(4).long(), noise(4).numpy()):
+        with pytest.raises(TypeError, match=r"uint8 in 0\.\.255, not .*\(255 \* images\)\.round"):
+            takes_images(wrong)
+    for wrong in (noise(4)[0], noise(4).permute(0, 2, 3, 1), noise(4).expand(2, -1, -1, -1, -1)):
+        with pytest.raises(ValueError, match=r"\(N, 3, H, W\), or .*one image: image\[None\]"):
+            takes_images(wrong)
+    takes_images(noise(4))
+    takes_images(noise(4, channels=1))
+
+
+@pytest.mark.parametrize("size", [20, 32, 65, (20, 30)])
+@pytest.mark.parametrize("width", [32, 48])
+def test_resizing_is_that_of_torchvision(size, width):
+    images = noise(3, width=width)
+    theirs = TF.resize(images, [size] if isinstance(size, int) else list(size), antialias=True)
+    assert_within_one(resize(images, size), theirs)
+
+
+def test_what_is_not_square_stays_so():
+    images = noise(40, 32, width=48)
+    assert torch.equal(Augmentation()(images), images)
+    assert EVERYTHING(images).shape == (40, 3, 32, 48)
+    assert EVERYTHING(images, 16).shape == (40, 3, 16, 24)
+    assert EVERYTHING(images, (20, 28)).shape == (40, 3, 20, 28)
+    ramps = torch.arange(96, dtype=torch.uint8).expand(3, 32, 96), torch.arange(32, dtype=torch.uint8).view(32, 1)
+    for ramp, axis in ((ramps[0], 2), (ramps[1].expand(3, 32, 96), 1)):  # a pixel's value: its column, its row
+        moved = Augmentation(shift=8)(ramp.expand(400, -1, -1, -1)).float() - ramp
+        inside = moved.narrow(axis + 1, 12, 8).flatten(1).mean(1).abs()
+        assert 7 < inside.max() <= 8.01
+    network = nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten()).append(nn.Linear(6, 6)).eval()
+    torch.testing.assert_close(outputs(network, images), network(normalize(images)))
+    torch.testing.assert_close(outputs(network, images, 16), network(normalize(resize(images, (16, 24)))))
+    drawn = next(iter(Batches(images=images, sizes=[16], augment=EVERYTHING, batch_size=4)))
+    assert drawn[0].shape == (4, 3, 16, 24)
+
+
+def test_crops_that_shrink_are_smooth_as_evaluation_is():
+    images = noise(4, 224)
+    apart = Augmentation()(images, 32).float() - resize(images, 32)
+    assert apart.abs().mean() < 6  # of noise, box against triangle; single samples are 60 apart
+    ramp = torch.arange(224, dtype=torch.uint8).expand(1, 3, 224, 224)
+    assert_within_one(Augmentation()(ramp, 32)[..., 1:-1], resize(ramp, 32)[..., 1:-1])
 
 
 def test_each_change_of_colours_is_that_of_torchvision():
@@ -136,8 +190,15 @@ def test_batches_hold_every_image_once_and_follow_from_seed_and_epoch():
     assert torch.equal(rows[0], rows[1])
     assert not torch.equal(rows[0], rows[2])
     assert torch.equal(drawn[0][1][0], drawn[1][1][0])
-    with pytest.raises(ValueError, match="20 images make no batch of 32; lower the batch size"):
-        batches(batch_size=32)
+    wrong = [
+        ({"batch_size": 32}, "20 images make no batch of 32; lower the batch size"),
+        ({"batch_size": 0}, "no batch of 0"),
+        ({"part": (0, 3)}, "3 processes do not divide a batch of 8"),
+        ({"labels": torch.arange(19)}, "20 images have 19 labels"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            batches(**options)
 
 
 def test_without_labels_a_batch_is_two_views_and_parts_share_it():
@@ -168,17 +229,17 @@ def test_outputs_are_float32_of_the_eval_mode_and_leave_the_model_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_top1_counts_what_is_right():
+def test_accuracy_counts_what_is_right():
     images = noise(24, high=120)
     labels = torch.arange(24) % 3
     images[torch.arange(24), labels] += 120
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).eval()
+    model = a_network()
     with torch.no_grad():
         model[2].weight.copy_(torch.eye(3))
         model[2].bias.zero_()
-    assert top1(model, images, labels) == 1
-    assert top1(model, images, labels, size=64) == 1
-    assert top1(model, images, (labels + 1) % 3) == 0
+    assert accuracy(model, images, labels) == 1
+    assert accuracy(model, images, labels, size=64) == 1
+    assert accuracy(model, images, (labels + 1) % 3) == 0
 
 
 def test_everything_answers_on_the_device_of_the_images():

@@ -82,7 +82,7 @@ def confusion(probabilities: Tensor, labels: Tensor, classes: Sequence[str], tit
     return figure, torch.from_numpy(matrix)
 
 
-def feature_maps(features: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str], tag: str) -> Figure:
+def tsne_maps(features: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str], tag: str) -> Figure:
     """t-SNE of several sets of features (N, D) of the same images, coloured by class."""
     colors = [*COLORS, "#999999", "#882255"]
     figure, axes = plt.subplots(1, len(features), figsize=(5 * len(features), 4.2))

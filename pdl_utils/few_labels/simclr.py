@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdl_utils.datasets.sources import Provenance
-from pdl_utils.images import Augmentation, Batches, outputs
+from pdl_utils.images import Augmentation, Batches, Size, outputs
 from pdl_utils.resnet import cifar_resnet18
-from pdl_utils.settings import bfloat16_is_faster
+from pdl_utils.settings import has_bfloat16
 from pdl_utils.training import History, fit, sgd
 from pdl_utils.weights import CHECKPOINTS, load_weights
 
@@ -24,16 +24,10 @@ VIEW = Augmentation(flip=True, scale=(0.2, 1.0), jitter=0.5, gray=0.2)
 
 
 def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
-    """Normalised temperature-scaled cross-entropy (eq. 1): among all 2N − 1 other embeddings, find the
-    other view of the same image.
-
-    Args:
-        z1, z2: (N, D), embeddings of the first and of the second view, row by row of the same image.
-        temperature: with a small value, the most similar wrong candidates dominate the loss.
-
-    Returns:
-        The mean over all 2N embeddings, a scalar in float32 or wider.
-    """
+    """Normalised temperature-scaled cross-entropy (eq. 1): among all 2N − 1 other embeddings, find the other view of
+    the same image. z1, z2: (N, D), row by row of the same image. A scalar in float32 or wider."""
+    if z1.shape != z2.shape:
+        raise ValueError(f"each image has two views, but the embeddings are {(*z1.shape,)} and {(*z2.shape,)}")
     row = torch.arange(2 * len(z1), device=z1.device)
     with torch.autocast(z1.device.type, enabled=False):  # bfloat16 would round similarities to 1/128
         z = torch.cat([z1, z2])
@@ -51,11 +45,9 @@ class SimCLR(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.projector = nn.Sequential(
-            nn.Linear(features, features, bias=False),
-            nn.BatchNorm1d(features),
-            nn.ReLU(inplace=True),
+            nn.Linear(features, features, bias=False), nn.BatchNorm1d(features), nn.ReLU(inplace=True),
             nn.Linear(features, projection),
-        )
+        )  # fmt: skip
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) → embeddings (N, projection)."""
@@ -63,22 +55,18 @@ class SimCLR(nn.Module):
 
 
 def pretrain(
-    model: nn.Module, images: Tensor, sizes: list[int], *, loss: Callable[[Tensor, Tensor], Tensor],
-    lr: float = 0.25, weight_decay: float = 5e-4, batch_size: int = 512, seed: int = 0,
-    part: tuple[int, int] = (0, 1), **options: Any,
+    model: nn.Module, images: Tensor, sizes: list[Size], *, loss: Callable[[Tensor, Tensor], Tensor],
+    augment: Augmentation = VIEW, lr: float = 0.25, weight_decay: float = 5e-4, batch_size: int = 512,
+    seed: int = 0, part: tuple[int, int] = (0, 1), **options: Any,
 ) -> History:  # fmt: skip
-    """Train `model`, normalised images → embeddings, on all `images` without labels.
+    """Train `model`, normalised images → embeddings, on uint8 `images` (N, C, H, W) without labels.
 
-    Args:
-        images: uint8 (N, 3, H, W), of which `VIEW` draws two views.
-        sizes: side of the views in pixels, one an epoch.
-        loss: the embeddings of both views, (batch, D) each → a scalar, such as `nt_xent_loss`.
-        part: see `Batches`.
-        options: for `fit`, such as `evaluate` (`knn_monitor`) or `checkpoint`.
+    `augment` draws two views of each, in pixels of `sizes`, one an epoch; `loss` takes the embeddings of both,
+    (batch, D) each; for `part` see `Batches`; `options` are for `fit`, such as `evaluate` (`knn_monitor`).
     """
     device = next(model.parameters()).device
     batches = Batches(
-        images=images.to(device), sizes=sizes, augment=VIEW, batch_size=batch_size, seed=seed, part=part
+        images=images.to(device), sizes=sizes, augment=augment, batch_size=batch_size, seed=seed, part=part
     )
     optimizer, scheduler = sgd(model, lr, weight_decay, steps=len(sizes) * len(batches), warmup=len(batches))
 
@@ -87,7 +75,7 @@ def pretrain(
 
     return fit(
         model, batches, contrast, optimizer, epochs=len(sizes), scheduler=scheduler,
-        autocast=bfloat16_is_faster(device), label="SimCLR", **options,
+        autocast=has_bfloat16(device), **{"label": "SimCLR", **options},
     )  # fmt: skip
 
 
@@ -104,8 +92,12 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 def knn_monitor(
     images: Tensor, labels: Tensor, bank: int, queries: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """An `evaluate` callback for `fit`: kNN accuracy of `model.encoder`, with the first images as the bank and the
-    next ones as queries. The labels measure the features; no loss sees them."""
+    """An `evaluate` for `fit`: kNN accuracy of `model.encoder`, with the first images as the bank and the next ones
+    as queries. The labels measure the features; no loss sees them. ValueError: there are too few images."""
+    if min(bank, queries) < 1 or len(images) < bank + queries:
+        raise ValueError(
+            f"a bank of {bank} and {queries} queries need as many images, not {len(images)}; ask for less"
+        )
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         features = outputs(model.encoder, images[: bank + queries])
@@ -123,16 +115,19 @@ def cifar_encoder(width: int = 64, stem_stride: int = 1) -> tuple[nn.Module, int
     return network, features
 
 
-def pretrained_encoder() -> tuple[nn.Module, Provenance, dict[str, Any]]:
-    """The encoder that `python -m scripts.pretrain_simclr` made and that ships in `data/checkpoints/`, in
-    eval mode; where it comes from; and the facts of its training.
+class PretrainedEncoder(NamedTuple):
+    """An encoder in eval mode, images → features; where it comes from; and the facts of its training."""
 
-    Raises:
-        CorruptCheckpoint: its file is damaged.
-    """
+    model: nn.Module
+    provenance: Provenance
+    facts: dict[str, Any]
+
+
+def pretrained_encoder() -> PretrainedEncoder:
+    """The encoder that `python -m scripts.pretrain_simclr` made and that ships. CorruptCheckpoint: it is damaged."""
     weights, facts = load_weights(CHECKPOINTS / FILE)
     network, _ = cifar_encoder(facts["width"], facts["stem_stride"])
     network.load_state_dict(weights)
     network.to(memory_format=torch.channels_last).eval()
     source = f"this project's own, {facts['epochs']} epochs on {facts['data']}"
-    return network, Provenance("SimCLR encoder", source), facts
+    return PretrainedEncoder(network, Provenance("SimCLR encoder", source), facts)

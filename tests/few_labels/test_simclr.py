@@ -6,7 +6,8 @@ import pytest
 import torch
 from lightly.loss import NTXentLoss
 
-from pdl_utils.few_labels import SimCLR, cifar_encoder, knn_accuracy, knn_monitor, nt_xent_loss, pretrain
+from pdl_utils.few_labels.simclr import SimCLR, cifar_encoder, knn_accuracy, knn_monitor, nt_xent_loss, pretrain
+from pdl_utils.images import Augmentation
 
 
 @pytest.mark.parametrize(("shape", "temperature"), [((1, 4), 0.5), ((2, 3), 0.1), ((33, 5), 0.5)])
@@ -27,6 +28,8 @@ def test_the_loss_by_hand():
     z = torch.eye(2)
     expected = -math.log(math.exp(2) / (math.exp(2) + 2))
     assert nt_xent_loss(3 * z, 7 * z, 0.5).item() == pytest.approx(expected, rel=1e-6)  # length is no matter
+    with pytest.raises(ValueError, match=r"two views, but the embeddings are \(2, 2\) and \(1, 2\)"):
+        nt_xent_loss(z, z[:1])
 
 
 def test_the_loss_is_computed_in_float32_under_autocast():
@@ -67,24 +70,49 @@ def test_pretraining_learns_and_a_monitor_measures_it():
     images, labels = two_kinds()
     history = pretrain(
         small_model(), images, [32] * 4, loss=nt_xent_loss, batch_size=16, lr=0.05,
-        evaluate=knn_monitor(images, labels, 40, 24), progress=False,
+        evaluate=knn_monitor(images, labels, 40, 24), label=None,
     )  # fmt: skip
     assert history["loss"][-1] < history["loss"][0]
     assert history["knn"][-1] > 0.9
 
 
-def test_stopped_it_goes_on_to_the_same_weights(tmp_path):
-    images, _ = two_kinds(32)
+@pytest.mark.parametrize(("bank", "queries"), [(40, 25), (64, 1), (0, 10), (10, 0)])
+def test_a_monitor_asks_for_as_many_images_as_it_needs(bank, queries):
+    with pytest.raises(ValueError, match=f"a bank of {bank} and {queries} queries need as many images, not 64"):
+        knn_monitor(*two_kinds(), bank, queries)
 
-    def run(file, stop_after=None):
-        model = small_model()
+
+def test_views_without_augmentation_are_equal_and_the_loss_says_so():
+    images, _ = two_kinds(32)
+    losses = [
+        pretrain(small_model(), images, [32], loss=nt_xent_loss, batch_size=16, lr=1e-9, augment=a, label=None)[
+            "loss"
+        ]
+        for a in (Augmentation(), Augmentation(flip=True, scale=(0.2, 1.0), jitter=0.5))
+    ]
+    assert losses[0] < losses[1]
+
+
+def test_interrupted_it_goes_on_to_the_same_weights(tmp_path):
+    images, labels = two_kinds(32)
+
+    def run(file, patience=3):
+        model, monitor, seen = small_model(), knn_monitor(images, labels, 20, 12), []
+
+        def evaluate(network):
+            seen.append(monitor(network))
+            if len(seen) > patience:
+                raise KeyboardInterrupt
+            return seen[-1]
+
         pretrain(
-            model, images, [16, 24, 32], loss=nt_xent_loss, batch_size=16, checkpoint=tmp_path / file,
-            stop_after=stop_after, progress=False,
+            model, images, [16, 24, 32], loss=nt_xent_loss, batch_size=16, file=tmp_path / file,
+            evaluate=evaluate, label=None,
         )  # fmt: skip
         return model.state_dict()
 
     whole = run("whole.pt")
-    run("pieces.pt", stop_after=1)
+    with pytest.raises(KeyboardInterrupt):
+        run("pieces.pt", patience=1)
     pieces = run("pieces.pt")
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
