@@ -1,4 +1,4 @@
-"""CIFAR-10 and MNIST: small labelled images, whole in memory."""
+"""CIFAR-10, MNIST, or a folder of your own: small labelled images, whole in memory."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import CIFAR10, MNIST
+from torchvision.datasets import CIFAR10, MNIST, ImageFolder
+from torchvision.datasets.utils import download_and_extract_archive
 
 from pdl_utils.datasets import stand_ins
-from pdl_utils.datasets.sources import Provenance, download_tar, obtain, verify_md5, with_notice
+from pdl_utils.datasets.photos import to_rgb
+from pdl_utils.datasets.sources import Provenance, download_tar, obtain, reading, verify_md5, with_notice
+from pdl_utils.images import check_images
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 # torchvision checks the MD5 of MNIST's archives, but not of the unpacked files that it reads.
@@ -25,11 +30,8 @@ MNIST_MD5 = {
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A data set of small images.
-
-    `train_images`, `test_images`: uint8 (N, channels, side, side); `train_labels`, `test_labels`:
-    int64 (N,), positions in `classes`.
-    """
+    """`train_images`, `test_images`: uint8 (N, C, H, W), C is 3 or 1 (grey); `train_labels`, `test_labels`: int64
+    (N,), positions in `classes`, of which there may be any number. What does not fit is refused."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -38,69 +40,76 @@ class LabelledImages:
     classes: Sequence[str]
     provenance: Provenance
 
+    def __post_init__(self) -> None:
+        for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
+            check_images(images)
+            if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise ValueError(f"labels must be a tensor of int64, one for each of the {len(images)} images")
+            if not set(labels.tolist()) <= set(range(len(self.classes))):
+                raise ValueError(f"labels must be positions in `classes`, 0 to {len(self.classes) - 1}")
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            raise ValueError("training and test images must be of one shape")
+
 
 def cifar10() -> LabelledImages:
-    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour images (3, 32, 32) in ten classes.
-
-    Offline: 5,000 + 1,000 crops of ten photographs, with classes of their own.
-
-    Raises:
-        NoRealData: `PDL_REQUIRE_REAL=1` and CIFAR-10 cannot be had.
-    """
+    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour images (3, 32, 32) in ten classes. Offline: 5,000 + 1,000
+    crops of ten photographs, with classes of their own."""
+    source = f"stand-in: crops of {len(stand_ins.TEXTURES)} scikit-image and scikit-learn sample photographs"
+    origin = Provenance("CIFAR-10", source, real=False)
     return obtain(
-        "CIFAR-10", CIFAR10.base_folder,
-        read=_read_cifar10, download=lambda root: download_tar(CIFAR10.url, root, CIFAR10.tgz_md5),
-        stand_in=_cifar10_stand_in,
+        "CIFAR-10", CIFAR10.base_folder, read=_read_cifar10,
+        download=lambda root: download_tar(CIFAR10.url, root, CIFAR10.tgz_md5),
+        stand_in=lambda: LabelledImages(*stand_ins.texture_crops(), list(stand_ins.TEXTURES), origin),
     )  # fmt: skip
 
 
 def mnist() -> LabelledImages:
-    """MNIST (LeCun, Cortes, Burges): 60,000 + 10,000 handwritten digits (1, 28, 28).
-
-    Offline: scikit-learn's 1,797 digits, enlarged.
-
-    Raises:
-        NoRealData: `PDL_REQUIRE_REAL=1` and MNIST cannot be had.
-    """
+    """MNIST (LeCun, Cortes, Burges): 60,000 + 10,000 handwritten digits (1, 28, 28). Offline: scikit-learn's 1,797
+    digits, enlarged."""
+    origin = Provenance("MNIST", "stand-in: scikit-learn's 8×8 digits, enlarged", real=False)
     return obtain(
-        "MNIST", "MNIST",
-        read=_read_mnist, download=_download_mnist,
-        stand_in=_mnist_stand_in,
+        "MNIST", "MNIST", read=_read_mnist, download=_download_mnist,
+        stand_in=lambda: LabelledImages(*stand_ins.digits(), "0123456789", origin),
     )  # fmt: skip
+
+
+def labelled_folder(folder: str | Path, side: int = 32) -> LabelledImages:
+    """Images of your own, of any size, in FOLDER/train/CLASS/ and FOLDER/test/CLASS/: the middle square of each,
+    in colour, `side` pixels wide. DamagedFile names an image that cannot be opened."""
+    train, test = (ImageFolder(Path(folder, part)) for part in ("train", "test"))
+    if train.classes != test.classes:
+        raise ValueError(f"{folder}: train/ has the classes {train.classes}, test/ has {test.classes}")
+    tensors = []
+    for part in (train, test):
+        squares = []
+        for path in (Path(name) for name, _ in part.samples):
+            with reading(path), Image.open(path) as image:
+                squares.append(TF.pil_to_tensor(ImageOps.fit(to_rgb(image), (side, side))))
+        tensors += [torch.stack(squares), torch.tensor(part.targets)]
+    source = f"{len(train)} + {len(test)} images of your own in {len(train.classes)} classes"
+    return LabelledImages(*tensors, train.classes, with_notice(Path(folder).name, source, Path(folder)))
 
 
 def _read_cifar10(folder: Path) -> LabelledImages:
     try:
         train, test = (CIFAR10(folder.parent, train=part) for part in (True, False))
     except RuntimeError:  # torchvision checks every MD5, but does not say which file is wrong
-        meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
-        verify_md5(folder, dict([*CIFAR10.train_list, *CIFAR10.test_list, meta]))
+        verify_md5(folder, dict([*CIFAR10.train_list, *CIFAR10.test_list]))
+        verify_md5(folder, {CIFAR10.meta["filename"]: CIFAR10.meta["md5"]})
         raise
-    arrays = []
+    tensors = []
     for part in (train, test):
-        arrays += [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
-    return LabelledImages(*arrays, train.classes, with_notice("CIFAR-10", "official files, MD5 verified", folder))
+        tensors += [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
+    return LabelledImages(*tensors, train.classes, with_notice("CIFAR-10", "official files, MD5 verified", folder))
 
 
 def _read_mnist(folder: Path) -> LabelledImages:
     verify_md5(folder / "raw", MNIST_MD5)
     train, test = (MNIST(folder.parent, train=part) for part in (True, False))
-    arrays = [train.data[:, None], train.targets, test.data[:, None], test.targets]
-    return LabelledImages(*arrays, "0123456789", with_notice("MNIST", "official files, MD5 verified", folder))
+    tensors = train.data[:, None], train.targets, test.data[:, None], test.targets
+    return LabelledImages(*tensors, "0123456789", with_notice("MNIST", "official files, MD5 verified", folder))
 
 
 def _download_mnist(root: Path) -> None:
-    # torchvision 0.21 asks a mirror first that is gone, and its loader names the folder after its class.
-    type("MNIST", (MNIST,), {"mirrors": [MNIST_URL]})(root, download=True)
-
-
-def _cifar10_stand_in() -> LabelledImages:
-    train, test = stand_ins.texture_crops()
-    source = f"stand-in: crops of {len(stand_ins.TEXTURES)} scikit-image and scikit-learn sample photographs"
-    return LabelledImages(*train, *test, list(stand_ins.TEXTURES), Provenance("CIFAR-10", source, real=False))
-
-
-def _mnist_stand_in() -> LabelledImages:
-    train, test = stand_ins.digits()
-    source = "stand-in: scikit-learn's 8×8 digits, enlarged"
-    return LabelledImages(*train, *test, "0123456789", Provenance("MNIST", source, real=False))
+    for name, md5 in MNIST.resources:  # not from torchvision's list of mirrors: its first one is gone
+        download_and_extract_archive(MNIST_URL + name, root / "MNIST" / "raw", md5=md5, remove_finished=True)

@@ -2,78 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import numpy as np
 import skimage.data
 import torch
 from PIL import Image
 from torch import Tensor
 
-
-def _sklearn_photo(name: str) -> np.ndarray:
-    from sklearn.datasets import load_sample_image  # here, because it takes seconds
-
-    return load_sample_image(name)
-
-
-TEXTURES: dict[str, Callable[[], np.ndarray]] = {
-    "brick": skimage.data.brick,
-    "cat fur": skimage.data.chelsea,
-    "coffee": skimage.data.coffee,
-    "flower": partial(_sklearn_photo, "flower.jpg"),
-    "grass": skimage.data.grass,
-    "gravel": skimage.data.gravel,
-    "motorcycle": lambda: skimage.data.stereo_motorcycle()[0],
-    "stars": skimage.data.hubble_deep_field,
-    "temple": partial(_sklearn_photo, "china.jpg"),
-    "tissue": skimage.data.immunohistochemistry,
+# Class → the photograph that its crops are cut from, as `photograph` calls it.
+TEXTURES = {
+    "brick": "brick",
+    "cat fur": "chelsea",
+    "coffee": "coffee",
+    "flower": "flower.jpg",
+    "grass": "grass",
+    "gravel": "gravel",
+    "motorcycle": "stereo_motorcycle",
+    "stars": "hubble_deep_field",
+    "temple": "china.jpg",
+    "tissue": "immunohistochemistry",
 }
-"""Class name → the photograph, (H, W) or (H, W, 3) uint8, that its crops are cut from."""
-
-# Each with what it shows, and its ImageNet class where it has one.
-PHOTOGRAPHS: list[tuple[Callable[[], np.ndarray], str, str | None]] = [
-    (skimage.data.chelsea, "tabby", "n02123045"),
-    (skimage.data.coffee, "espresso", "n07920052"),
-    (skimage.data.astronaut, "astronaut", None),
-    (skimage.data.rocket, "rocket", None),
-    (TEXTURES["motorcycle"], "motorcycle", None),
-    (TEXTURES["temple"], "temple", None),
-    (TEXTURES["flower"], "dahlia", None),
-    (skimage.data.retina, "retina", None),
-    (skimage.data.hubble_deep_field, "galaxies", None),
-    (skimage.data.immunohistochemistry, "tissue", None),
-]
-
-Split = tuple[Tensor, Tensor]
+# Photograph → what it shows, and its ImageNet class where it has one.
+PHOTOGRAPHS = {
+    "chelsea": ("tabby", "n02123045"),
+    "coffee": ("espresso", "n07920052"),
+    "astronaut": ("astronaut", None),
+    "rocket": ("rocket", None),
+    "stereo_motorcycle": ("motorcycle", None),
+    "china.jpg": ("temple", None),
+    "flower.jpg": ("dahlia", None),
+    "retina": ("retina", None),
+    "hubble_deep_field": ("galaxies", None),
+    "immunohistochemistry": ("tissue", None),
+}
 
 
-def texture_crops(train: int = 5000, test: int = 1000, seed: int = 0) -> tuple[Split, Split]:
-    """CIFAR-10-shaped crops of `TEXTURES`, the same for the same seed.
+def photograph(name: str) -> Image.Image:
+    """In RGB: one of `skimage.data`, or with ".jpg" one of scikit-learn."""
+    if name.endswith(".jpg"):
+        from sklearn.datasets import load_sample_image  # here, because importing it takes seconds
 
-    Each photograph is cut into a grid of cells. A crop lies inside one cell, and every fifth cell is
-    kept for testing, so no pixel is in both splits. Scale, mirroring and colour vary from crop to crop:
-    colour alone does not give the class away.
+        return Image.fromarray(load_sample_image(name))
+    pixels = getattr(skimage.data, name)()
+    return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels).convert("RGB")
 
-    Returns:
-        (images, labels) of the training and of the test split: uint8 (N, 3, 32, 32) and int64 (N,),
-        the classes in turn.
+
+def texture_crops(train: int = 5000, test: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """CIFAR-10-shaped crops of `TEXTURES`, the classes in turn: images uint8 (N, 3, 32, 32) and labels int64 (N,)
+    for training, the same for testing.
+
+    A crop lies inside one cell of a grid, and every fifth cell is kept for testing: no pixel is in both. Scale,
+    mirroring and colour vary from crop to crop, so that colour alone does not give the class away.
     """
     rng = np.random.default_rng(seed)
-    photos = [rgb(load()) for load in TEXTURES.values()]
-    splits = []
+    photos = [photograph(name) for name in TEXTURES.values()]
+    tensors = []
     for count, held_out in ((train, False), (test, True)):
         labels = torch.arange(count) % len(photos)
         cells = [grid_cells(*photo.size, held_out) for photo in photos]
         crops = np.stack([_random_crop(photos[label], cells[label], rng) for label in labels.tolist()])
-        splits.append((torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous(), labels))
-    return tuple(splits)
+        tensors += [torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous(), labels]
+    return tuple(tensors)
 
 
 def grid_cells(width: int, height: int, held_out: bool) -> list[tuple[int, int, int]]:
-    """(left, top, side) of the square cells for testing (`held_out`) or for training. No two overlap;
-    the cells for testing lie a knight's move apart, so both splits see all parts of the photograph."""
+    """(left, top, side) of the square cells for testing (`held_out`) or for training. Those for testing lie a
+    knight's move apart, so that both see all parts of the photograph."""
     side = min(width, height) // 5
     return [
         (column * side, row * side, side)
@@ -93,13 +86,10 @@ def _random_crop(photo: Image.Image, cells: list[tuple[int, int, int]], rng: np.
     return (pixels * rng.uniform(0.7, 1.3, size=3)).clip(0, 255).astype(np.uint8)
 
 
-def digits(seed: int = 0) -> tuple[Split, Split]:
-    """scikit-learn's 1,797 handwritten digits in the shape of MNIST: 20×20 in the middle of 28×28.
-
-    Returns:
-        (images, labels) of the training (4 of 5) and of the test split: uint8 (N, 1, 28, 28), int64 (N,).
-    """
-    from sklearn.datasets import load_digits  # here, because it takes seconds
+def digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's 1,797 handwritten digits in the shape of MNIST, 20×20 in the middle of 28×28: training images
+    (4 of 5) uint8 (N, 1, 28, 28) and labels int64 (N,), the same for testing."""
+    from sklearn.datasets import load_digits
 
     small = load_digits()
     images = torch.zeros(len(small.images), 1, 28, 28, dtype=torch.uint8)
@@ -109,9 +99,4 @@ def digits(seed: int = 0) -> tuple[Split, Split]:
     labels = torch.from_numpy(small.target).long()
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     test, train = order.tensor_split([len(order) // 5])
-    return (images[train], labels[train]), (images[test], labels[test])
-
-
-def rgb(pixels: np.ndarray) -> Image.Image:
-    """uint8 (H, W) or (H, W, 3) as a colour photograph."""
-    return Image.fromarray(pixels).convert("RGB")
+    return images[train], labels[train], images[test], labels[test]
