@@ -1,4 +1,4 @@
-"""What both pretraining programs share: options, several processes, where to start from, and facts to ship."""
+"""What both pretraining programs share: options, several processes, and the facts that ship with the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pdl_utils.settings import device_name, pick_device
 from pdl_utils.training import History
-from pdl_utils.weights import load_weights
+from pdl_utils.weights import load_weights, sha256
 
 
 @contextmanager
@@ -71,11 +71,7 @@ class Gather(torch.autograd.Function):
 
 
 def schedule(text: str) -> list[int]:
-    """'64x12,96x4' → 64 twelve times, then 96 four times.
-
-    Raises:
-        argparse.ArgumentTypeError: for any other form.
-    """
+    """'64x12,96x4' → 64 twelve times, then 96 four times. ArgumentTypeError: any other form."""
     try:
         parts = [tuple(map(int, part.split("x"))) for part in text.split(",")]
         return [size for size, epochs in parts for _ in range(epochs)]
@@ -87,11 +83,9 @@ def parser_of(description: str, **defaults: object) -> argparse.ArgumentParser:
     """The options that both programs have, with a program's own `defaults`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--state", type=Path, required=True, help="folder for the resumable state, outside the repository")
     add("--export", type=Path, help="folder to write the finished weights to")
-    add("--start-from", type=Path, help="weights to start from: a run's last.pt, or a file that ships")
+    add("--start-from", type=Path, help="a file of weights that ships, to go on from")
     add("--schedule", type=schedule, help="side of the images in pixels x epochs, …")
-    add("--stop-after", type=int, help="stop after this many epochs of the schedule, to go on another time")
     add("--batch-size", type=int, help="of all processes together")
     add("--lr", type=float)
     add("--weight-decay", type=float, default=5e-4)
@@ -100,37 +94,23 @@ def parser_of(description: str, **defaults: object) -> argparse.ArgumentParser:
     return parser
 
 
-def starting_point(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in a run's last.pt or in a file that ships, and the facts of their training."""
-    if path.suffix == ".safetensors":
-        return load_weights(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state["model"], facts_of_history(History(state["history"]))
-
-
-def facts_of_history(history: History) -> dict[str, Any]:
-    """Epochs, minutes and curves of one training."""
-    minutes = round(sum(history["seconds"]) / 60, 1)
-    curves = {name: history[name] for name in ("loss", "knn") if history[name]}
-    return {"epochs": len(history.rows), "training_minutes": minutes, **curves}
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the result: the name of the file of a training's state is made of it."""
+    settings = {key: value for key, value in vars(args).items() if key not in ("export", "start_from")}
+    return settings | ({"started_from": sha256(args.start_from)} if args.start_from else {})
 
 
 def facts_of_run(args: argparse.Namespace, history: History, device: torch.device) -> dict[str, Any]:
     """What every file that ships says of its training. After a second cycle (`--start-from`), epochs, minutes
-    and curves are those of both, and `started_from` is the recipe of the first, or the name of its file."""
-    hidden = ("state", "export", "start_from", "stop_after", "average")  # say where, not how
-    recipe: dict[str, Any] = {key: value for key, value in vars(args).items() if key not in hidden}
-    facts = facts_of_history(history)
+    and curves are those of both, and the recipe's `started_from` is that of the first."""
+    facts = {"epochs": len(history.rows), "training_minutes": round(sum(history["seconds"]) / 60, 1)}
+    facts |= {name: history[name] for name in ("loss", "knn") if history[name]}
+    recipe = settings_of(args)
     if args.start_from:
-        _, before = starting_point(args.start_from)
+        _, before = load_weights(args.start_from)
         recipe["started_from"] = before.get("recipe", args.start_from.stem)
         facts = {name: before[name] + value if name in before else value for name, value in facts.items()}
-    return {
-        **facts,
-        "recipe": recipe,
-        "seed": args.seed,
-        "hardware": device_name(device),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
-        },
+    versions = {
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
     }  # fmt: skip
+    return facts | {"recipe": recipe, "seed": args.seed, "hardware": device_name(device), "versions": versions}

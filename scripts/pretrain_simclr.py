@@ -1,10 +1,10 @@
 """Train this project's own SimCLR encoder on CIFAR-10's training images, without their labels.
 
-    python -m scripts.pretrain_simclr --state runs/simclr --export data/checkpoints
+    python -m scripts.pretrain_simclr --export data/checkpoints
 
-Killed at any moment, the same command goes on from the last whole epoch to the same result. Started by
-`torchrun --nproc-per-node N -m scripts.pretrain_simclr …`, every process takes its share of each batch,
-augments it in its own way, and compares its embeddings with those of all.
+Killed at any moment, the same command goes on from the last whole epoch to the same result; the state is kept in
+`runs/` under the data root. Started by `torchrun --nproc-per-node N -m scripts.pretrain_simclr …`, every process
+takes its share of each batch, augments it in its own way, and compares its embeddings with those of all.
 
 The defaults suit a CPU: a ResNet-18 of half the width whose stem has stride 2. The network of the paper's
 CIFAR-10 experiments, for a GPU: `--width 64 --stem-stride 1 --schedule 32x400`.
@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from pdl_utils.datasets import LabelledImages, cifar10
-from pdl_utils.few_labels import SimCLR, cifar_encoder, knn_monitor, nt_xent_loss, pretrain
-from pdl_utils.few_labels.simclr import FILE
+from pdl_utils.few_labels.simclr import FILE, SimCLR, cifar_encoder, knn_monitor, nt_xent_loss, pretrain
 from pdl_utils.settings import seed_everything
-from pdl_utils.training import History
-from pdl_utils.weights import save_weights
+from pdl_utils.training import History, run_file
+from pdl_utils.weights import load_weights, save_weights
 from scripts.common import (
     Gather,
     data_parallel,
@@ -32,7 +31,7 @@ from scripts.common import (
     process_group,
     rank_and_world,
     schedule,
-    starting_point,
+    settings_of,
 )
 
 BANK = 10_000  # training images that kNN accuracy looks its neighbours up in, for …
@@ -59,30 +58,25 @@ def build(args: argparse.Namespace) -> SimCLR:
     """The model at the start of training. A file that ships holds no projection: that starts anew."""
     model = SimCLR(*cifar_encoder(args.width, args.stem_stride))
     if args.start_from:
-        weights, _ = starting_point(args.start_from)
-        whole = any(name.startswith("encoder.") for name in weights)
-        (model if whole else model.encoder).load_state_dict(weights)
+        model.encoder.load_state_dict(load_weights(args.start_from)[0])
     return model
 
 
+def few_enough(images: Tensor) -> tuple[int, int]:
+    """The sizes of bank and queries: fewer where there are fewer images."""
+    bank = min(BANK, 5 * len(images) // 6)
+    return bank, min(QUERIES, len(images) - bank)
+
+
 def train(args: argparse.Namespace, model: SimCLR, data: LabelledImages) -> History:
-    first = rank_and_world()[0] == 0
     return pretrain(
-        data_parallel(model),
-        data.train_images,
-        args.schedule,
-        loss=partial(joint_loss, temperature=args.temperature),
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        part=rank_and_world(),
-        stop_after=args.stop_after,
-        evaluate=knn_monitor(data.train_images, data.train_labels, BANK, QUERIES),
-        checkpoint=args.state / "last.pt",
-        save=first,
-        progress=None if first else False,
-    )
+        data_parallel(model), data.train_images, args.schedule,
+        loss=partial(joint_loss, temperature=args.temperature), lr=args.lr, weight_decay=args.weight_decay,
+        batch_size=args.batch_size, seed=args.seed, part=rank_and_world(),
+        evaluate=knn_monitor(data.train_images, data.train_labels, *few_enough(data.train_images)),
+        file=run_file("SimCLR", model, pretrain, nt_xent_loss, data=str(data.provenance), **settings_of(args)),
+        label=None if rank_and_world()[0] else "SimCLR",
+    )  # fmt: skip
 
 
 def export(args: argparse.Namespace, model: SimCLR, data: LabelledImages, history: History) -> None:
@@ -95,7 +89,7 @@ def export(args: argparse.Namespace, model: SimCLR, data: LabelledImages, histor
         "data": f"{origin.name}, {count:,} training images without labels ({origin.source})",
     }
     save_weights(args.export / FILE, model.encoder.state_dict(), facts)
-    print(f"SimCLR: kNN accuracy {facts['knn'][-1]:.1%} on {QUERIES:,} training images")
+    print(f"SimCLR: kNN accuracy {facts['knn'][-1]:.1%} on {few_enough(data.train_images)[1]:,} training images")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         data = cifar10()
         model = build(args).to(device, memory_format=torch.channels_last)
         history = train(args, model, data)
-        if args.export and len(history.rows) == len(args.schedule) and rank_and_world()[0] == 0:
+        if args.export and rank_and_world()[0] == 0:
             export(args, model, data, history)
 
 
