@@ -1,84 +1,86 @@
-"""Figures of graphs, of the networks that run on them, and of what attention looks at."""
+"""Figures of graphs and of what attention looks at. edge_index (2, E) and alpha are as the layers give them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
-from scipy.cluster.hierarchy import leaves_list, linkage
 from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.utils import degree
 
-from pdl_utils.graphs.layers import GraphNet, SortedEdges
-from pdl_utils.plots import COLORS, HEAT, MARKERS, SIGNED, STYLES
+from pdl_utils.plots import COLORS, HEAT, MARKERS, STYLES
 
 LIKENESS = "cividis"  # how alike two nodes are, 0..1
 
 
-def graphs_overview(sizes: Mapping[str, Sequence[int]], degrees: Tensor, labels: Tensor, *, title: str) -> Figure:
-    """Four panels: nodes a graph in each split, neighbours a node, share of nodes that have each label, and the
-    correlation between labels, those that go together side by side.
-
-    Args:
-        sizes: split → nodes of each of its graphs.
-        degrees: int (N,), without self-loops.
-        labels: (N, L) of 0 and 1; those that never vary have no correlation and are left out.
-    """
-    figure, axes = plt.subplots(1, 4, figsize=(12, 2.9), width_ratios=[1, 1, 1, 1.25])
-    axes[0].hist(list(sizes.values()), bins=10, stacked=True, label=list(sizes), color=COLORS[: len(sizes)])
-    axes[0].set(xlabel="nodes", ylabel="graphs", title="sizes")
-    axes[0].legend()
-    axes[1].hist(degrees.cpu().numpy(), bins=40, color=COLORS[0])
-    axes[1].set(xlabel="neighbours", ylabel="nodes", yscale="log", title="degrees")
-    axes[2].plot(labels.mean(0).sort(descending=True).values.cpu().numpy(), color=COLORS[0])
-    axes[2].set(xlabel="label, the commonest first", ylabel="share of nodes", ylim=(0, 1), title="label frequency")
-    correlation = np.corrcoef(labels[:, labels.std(0) > 0].cpu().numpy().T)
-    order = leaves_list(linkage(correlation, "average", optimal_ordering=True))
-    picture = axes[3].imshow(correlation[np.ix_(order, order)], cmap=SIGNED, vmin=-1, vmax=1)
-    figure.colorbar(picture, ax=axes[3], shrink=0.8, label="correlation")
-    axes[3].set(title="which labels go together", xlabel="label", ylabel="label")
-    axes[3].grid(visible=False)
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
+def small_graph(
+    axis: Axes, edge_index: Tensor, place: Mapping[int, tuple[float, float]], *, weight: Tensor | None = None,
+    into: int = 0,
+) -> None:  # fmt: skip
+    """A graph of a few nodes, named by their numbers and drawn at their places. With `weight` (E,) in 0..1 the
+    edges into one node are arrows as wide as their weight, and its edge to itself a circle of that width."""
+    for index, (source, target) in enumerate(edge_index.T.tolist()):
+        (x, y), (to_x, to_y) = place[source], place[target]
+        if weight is None:
+            axis.plot([x, to_x], [y, to_y], color="0.6", linewidth=1.5, zorder=1)
+        elif target == into and source == target:
+            ring(axis, (x, y), 0.24, float(weight[index]), f"{weight[index]:.2f}")
+        elif target == into:
+            look = {"arrowstyle": "-|>", "color": COLORS[0], "shrinkA": 12, "shrinkB": 14}
+            look["linewidth"] = 1 + 8 * float(weight[index])
+            axis.annotate("", (to_x, to_y), (x, y), arrowprops=look, zorder=1)
+            axis.text((x + to_x) / 2, (y + to_y) / 2 + 0.1, f"{weight[index]:.2f}", ha="center", va="bottom")
+    for node, (x, y) in place.items():
+        axis.scatter(x, y, s=330, color="white", edgecolors="black", zorder=3)
+        axis.text(x, y, str(node), ha="center", va="center", zorder=4)
+    axis.set(aspect="equal")
+    axis.margins(0.18)
+    axis.set_axis_off()
 
 
-def node_of_degree(graph: SortedEdges, wanted: int) -> int:
-    """The node whose number of edges comes closest to `wanted`; the first of equals."""
-    return int((graph.degree - wanted).abs().argmin())
+def ring(axis: Axes, around: tuple[float, float], radius: float, weight: float, text: str = "") -> None:
+    """A node's edge to itself: a circle above it, as wide as its weight in 0..1."""
+    x, y = around
+    look = {"fill": False, "linewidth": 0.3 + 9 * weight, "color": COLORS[0]}
+    axis.add_patch(mpl.patches.Circle((x, y + radius), radius, **look))
+    axis.text(x, y + 2.3 * radius, text, ha="center", va="bottom")
+
+
+def node_of_degree(edge_index: Tensor, wanted: int) -> int:
+    """The node whose number of incoming edges comes closest to `wanted`; the first of equals."""
+    return int((degree(edge_index[1]) - wanted).abs().argmin())
 
 
 def draw_neighbourhood(
-    axis: Axes, graph: SortedEdges, centre: int, likeness: Tensor, *, title: str, weight: Tensor | None = None
+    axis: Axes, edge_index: Tensor, centre: int, likeness: Tensor, *, title: str, alpha: Tensor | None = None
 ) -> None:
     """A node in the middle, its neighbours in a circle around it, and in grey the edges among these.
 
-    Args:
-        likeness: (E,) in 0..1, such as `shared_labels`: the colour of a neighbour, and its place in the circle.
-        weight: (E,), such as attention: the width of the edges into the centre; all thin without it.
+    `likeness` (E,) in 0..1, such as `jaccard`, colours a neighbour and orders the circle; `alpha` (E,) is the
+    width of the edges into the centre, on one scale for all figures, and of the circle that is its edge to itself.
     """
-    into = range(int(graph.rowptr[centre]), int(graph.rowptr[centre + 1]))
-    edge = {int(graph.source[e]): e for e in into if int(graph.source[e]) != centre}  # neighbour → an edge from it
-    ring = sorted(edge, key=lambda node: -float(likeness[edge[node]]))
-    angle = np.linspace(0, 2 * np.pi, len(ring), endpoint=False)
-    place = dict(zip(ring, np.stack([np.cos(angle), np.sin(angle)], axis=1), strict=True))
-    around = torch.tensor(ring, device=graph.source.device)
-    among = torch.isin(graph.source, around) & torch.isin(graph.target, around)
-    for a, b in {tuple(sorted(pair)) for pair in graph.edge_index[:, among].t().tolist()}:
-        if a != b:
+    into = (edge_index[1] == centre).nonzero().squeeze(1).tolist()
+    edge = {int(edge_index[0, e]): e for e in into}  # neighbour → an edge from it
+    around = sorted(edge.keys() - {centre}, key=lambda node: -float(likeness[edge[node]]))
+    angle = np.linspace(0, 2 * np.pi, len(around), endpoint=False)
+    place = dict(zip(around, np.stack([np.cos(angle), np.sin(angle)], axis=1), strict=True))
+    among = torch.isin(edge_index, torch.tensor(around, device=edge_index.device)).all(0)
+    for a, b in edge_index[:, among].T.tolist():
+        if a < b:
             axis.plot(*np.stack([place[a], place[b]]).T, color="0.88", linewidth=0.7, zorder=1)
-    thickest = 1.0 if weight is None else max((float(weight[e]) for e in edge.values()), default=1.0)
-    for node, spot in place.items():
-        thickness = 1.0 if weight is None else 0.3 + 4.5 * float(weight[edge[node]]) / thickest
-        axis.plot([0, spot[0]], [0, spot[1]], color="black", linewidth=thickness, alpha=0.75, zorder=2)
+    for node, (x, y) in place.items():
+        width = 1.0 if alpha is None else 0.3 + 9 * float(alpha[edge[node]])
+        axis.plot([0, x], [0, y], color=COLORS[0], linewidth=width, alpha=0.8, zorder=2)
         color = mpl.colormaps[LIKENESS](float(likeness[edge[node]]))
-        axis.scatter(*spot, color=[color], s=52, edgecolors="white", zorder=3)
-    axis.scatter(0, 0, color="black", marker="*", s=210, edgecolors="white", zorder=4)
+        axis.scatter(x, y, color=[color], s=46, edgecolors="white", zorder=3)
+    if alpha is not None and centre in edge:
+        ring(axis, (0, 0), 0.2, float(alpha[edge[centre]]))
+    axis.scatter(0, 0, color="black", marker="*", s=170, edgecolors="white", zorder=4)
     axis.set(title=title, aspect="equal")
     axis.set_axis_off()
 
@@ -89,28 +91,25 @@ def likeness_bar(figure: Figure, axes: Sequence[Axes], label: str) -> None:
     figure.colorbar(colors, ax=list(axes), shrink=0.8, label=label)
 
 
-def draw_architecture(axis: Axes, net: GraphNet, *, title: str) -> None:
-    """The layers of an attention network as boxes from left to right, read from the network itself."""
-    boxes = [f"input\n{net.in_channels} features"]
-    for layer in net.layers:
-        how = "side by side" if layer.concat else "averaged"
-        count = sum(parameter.numel() for parameter in layer.parameters())
-        kind, heads = type(layer).__name__, f"{layer.heads} heads × {layer.out_channels}"
-        boxes.append(f"{kind}\n{heads}\n{how}\n{count:,} parameters")
-    width, gap = 1.0, 0.32
-    arrow = {"arrowstyle": "->", "color": "black"}
-    skip = {"arrowstyle": "->", "color": COLORS[1], "connectionstyle": "arc3,rad=-0.35"}
-    for index, text in enumerate(boxes):
-        left = index * (width + gap)
-        axis.add_patch(FancyBboxPatch((left, 0), width, 0.55, boxstyle="round,pad=0.03", fc="white", ec=COLORS[0]))
-        axis.text(left + width / 2, 0.275, text, ha="center", va="center", fontsize=8)
-        if index:
-            axis.annotate("", (left - 0.04, 0.275), (left - gap + 0.04, 0.275), arrowprops=arrow)
-            if net.layers[index - 1].res is not None:
-                axis.annotate("", (left + width - 0.05, 0.6), (left - gap + 0.03, 0.58), arrowprops=skip)
-        if 0 < index < len(boxes) - 1:
-            axis.text(left + width + gap / 2, 0.34, "ELU", ha="center", fontsize=7)
-    axis.set(xlim=(-0.1, len(boxes) * (width + gap) - gap + 0.1), ylim=(-0.1, 0.95), title=title)
+def draw_complexes(axis: Axes, graph: Data, pairs: int = 2) -> None:
+    """Complexes of a synthetic graph, each beside its decoy, one compartment left and the other right: edges
+    within a complex blue, those between a complex and its decoy orange."""
+    place, ends = {}, graph.complex[graph.edge_index]  # the complexes at both ends of each edge
+    for row in range(pairs):
+        decoy = int(ends[1, (ends[0] == 2 * row) & ~graph.functional][0])
+        for column, number in enumerate((2 * row, decoy)):
+            members = (graph.complex == number).nonzero().squeeze(1).tolist()
+            angle = np.linspace(0, 2 * np.pi, len(members), endpoint=False)
+            spots = np.stack([3 * column + np.cos(angle), np.sin(angle) - 2.5 * row], axis=1)
+            place |= dict(zip(members, spots, strict=True))
+    for (a, b), functional in zip(graph.edge_index.T.tolist(), graph.functional.tolist(), strict=True):
+        if a < b and a in place and b in place:
+            color, width = (COLORS[0], 0.8) if functional else (COLORS[1], 0.5)
+            axis.plot(*np.stack([place[a], place[b]]).T, color=color, linewidth=width, zorder=1)
+    for node, spot in place.items():
+        color = COLORS[2] if graph.x[node, 0] > 0 else COLORS[5]
+        axis.scatter(*spot, s=26, color=color, edgecolors="white", zorder=2)
+    axis.set(aspect="equal")
     axis.set_axis_off()
 
 
@@ -122,28 +121,23 @@ def seed_points(
     sample standard deviation to both sides; `references` are vertical lines with a name, `papers` what a paper
     reports for a row."""
     for row, seeds in enumerate(values.values()):
-        mean = float(np.mean(seeds))
-        text = f"{mean:.4f}"
-        if len(seeds) > 1:
-            spread = float(np.std(seeds, ddof=1))
-            axis.plot([mean - spread, mean + spread], [row, row], color="black", linewidth=1.5, zorder=2)
-            axis.scatter(seeds, [row + 0.22] * len(seeds), s=12, color=COLORS[1], marker="|", zorder=3)
-            text += f" ± {spread:.4f}"
-        axis.scatter(mean, row, s=42, color=COLORS[0], zorder=4)
-        at = {"xytext": (0, 7), "textcoords": "offset points", "fontsize": 7.5, "ha": "center"}
-        over_the_lines = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axis.annotate(text, (mean, row), bbox=over_the_lines, **at)
+        mean, spread = float(np.mean(seeds)), float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0
+        axis.plot([mean - spread, mean + spread], [row, row], color="black", linewidth=1.5, zorder=2)
+        axis.scatter(seeds, [row + 0.24] * len(seeds), s=14, color=COLORS[1], marker="|", zorder=3)
+        axis.scatter(mean, row, s=36, color=COLORS[0], zorder=4)
+        text = f"{mean:.3f}" + (f" ± {spread:.3f}" if len(seeds) > 1 else "")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+        axis.annotate(text, (mean, row), (0, 6), textcoords="offset points", ha="center", bbox=box)
     for name, value in (references or {}).items():
         axis.axvline(value, color="black", linestyle=STYLES[1], linewidth=1, label=name)
     if papers:
-        rows = [list(values).index(name) for name in papers]
         look = {"marker": "D", "s": 34, "facecolors": "none", "edgecolors": COLORS[5], "label": "as papers report"}
-        axis.scatter(list(papers.values()), rows, **look)
+        axis.scatter(list(papers.values()), [list(values).index(name) for name in papers], **look)
     axis.set_yticks(range(len(values)), list(values))
-    axis.margins(x=0.16)  # room for the numbers
-    axis.set(xlabel=xlabel, title=title, ylim=(len(values) - 0.4, -0.7))
+    axis.margins(x=0.2)  # room for the numbers
+    axis.set(xlabel=xlabel, title=title, ylim=(len(values) - 0.5, -0.8))
     if references or papers:
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=7.5, ncols=2)
+        axis.legend(loc="lower right")
 
 
 def head_points(
@@ -154,9 +148,9 @@ def head_points(
     axis.axhline(reference, color="black", linestyle=STYLES[1], linewidth=1)
     for index, (name, layers) in enumerate(scores.items()):
         shift = 0.24 * (index - (len(scores) - 1) / 2)  # networks side by side
-        x = [layer + shift for layer, heads in enumerate(layers, 1) for _ in heads]
-        look = {"color": COLORS[index], "marker": MARKERS[index], "s": 26, "alpha": 0.85}
-        axis.scatter(x, list(chain.from_iterable(layers)), label=name, **look)
+        for layer, heads in enumerate(layers, 1):
+            look = {"color": COLORS[index], "marker": MARKERS[index], "s": 26, "alpha": 0.85}
+            axis.scatter([layer + shift] * len(heads), heads, label=name if layer == 1 else None, **look)
     depth = max(len(layers) for layers in scores.values())
     axis.set_xticks(range(1, depth + 1), [f"layer {layer}" for layer in range(1, depth + 1)])
     axis.set(ylabel=ylabel, title=title, xlim=(0.5, depth + 0.5))
@@ -175,7 +169,7 @@ def two_sides(axis: Axes, scores: Mapping[str, np.ndarray], *, xlabel: str, ylab
     falling diagonal a gain here is a loss there. `scores`: network → (heads, 2)."""
     for index, (name, each) in enumerate(scores.items()):
         label = f"{name}, {len(each)} heads"
-        axis.scatter(*np.asarray(each).T, color=COLORS[index], marker=MARKERS[index], label=label)
+        axis.scatter(*np.asarray(each).T, color=COLORS[index], marker=MARKERS[index], s=26, alpha=0.8, label=label)
     axis.plot([0, 1], [1, 0], color="black", linestyle=STYLES[1], linewidth=1, label="one gains, one loses")
     axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel=xlabel, ylabel=ylabel, title=title)
     axis.legend()

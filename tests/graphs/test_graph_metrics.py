@@ -8,13 +8,16 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import f1_score
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
+from torch_geometric.utils import add_remaining_self_loops, sort_edge_index
 
-from pdl_utils.graphs import SortedEdges, metrics
+from pdl_utils.graphs import metrics
 
 
-def edges_of(pairs: list[tuple[int, int]], nodes: int) -> SortedEdges:
-    return SortedEdges.from_edges(torch.tensor(pairs).T, nodes)
+def edges_of(pairs: list[tuple[int, int]], nodes: int) -> Tensor:
+    """As a layer gives them: with self-loops, sorted by target."""
+    edge_index, _ = add_remaining_self_loops(torch.tensor(pairs).T, num_nodes=nodes)
+    return sort_edge_index(edge_index, sort_by_row=False)
 
 
 def test_micro_f1_by_hand_and_as_scikit_learn_has_it():
@@ -23,122 +26,110 @@ def test_micro_f1_by_hand_and_as_scikit_learn_has_it():
     assert metrics.micro_f1(logits, labels) == pytest.approx(2 * 2 / (3 + 3))
     assert metrics.micro_f1(torch.zeros(2, 3), labels) == 0  # a logit of 0 predicts nothing
     assert metrics.micro_f1(-torch.ones(2, 3), torch.zeros(2, 3)) == 1
-    expected = torch.tensor([1.0, 0.0, 2 / 3]).double()
-    torch.testing.assert_close(metrics.label_f1(logits, labels).nan_to_num(-1), expected)
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(50, 7, generator=generator), torch.rand(50, 7, generator=generator).round()
     assert metrics.micro_f1(logits, labels) == pytest.approx(f1_score(labels, logits > 0, average="micro"))
-    assert metrics.label_f1(logits, labels).tolist() == pytest.approx(f1_score(labels, logits > 0, average=None))
 
 
-def test_f1_by_rank_puts_the_smallest_first():
-    labels = torch.ones(4, 3)
-    logits = torch.tensor([1.0, -1.0, 1.0, -1.0]).unsqueeze(1).expand(4, 3)  # nodes 0 and 2 are right
-    assert metrics.f1_by_rank(logits, labels, torch.tensor([0.1, 5.0, 0.2, 7.0]), groups=2) == [1.0, 0.0]
+def test_micro_f1_wants_equal_shapes():
+    with pytest.raises(ValueError, match=r"logits \(4, 1\) and labels \(4,\) must have the same shape"):
+        metrics.micro_f1(torch.zeros(4, 1), torch.zeros(4))
 
 
 def test_constant_guess_takes_the_share_that_suits_the_test_labels():
     train = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])  # 100%, 33%, 0%
-    assert metrics.constant_guess(train, torch.tensor([[1.0, 0.0, 0.0]])) == 1
-    assert metrics.constant_guess(train, torch.tensor([[1.0, 1.0, 0.0]])) == 1
-    # A label that nobody has is not guessed.
-    assert metrics.constant_guess(train, torch.tensor([[0.0, 1.0, 1.0]])) == 0.5
+
+    def score(*test: float) -> float:
+        test = torch.tensor([test])
+        return metrics.micro_f1(metrics.constant_guess(train, test).expand_as(test), test)
+
+    assert score(1, 0, 0) == score(1, 1, 0) == 1
+    assert score(0, 1, 1) == 0.5  # a label that nobody has is not guessed
 
 
-def test_look_up_rows_gives_the_share_of_each_label_among_equals():
-    reference = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    labels = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
-    found = metrics.look_up_rows(torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]]), reference, labels)
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [1.0, 0.5], [2 / 3, 1 / 3]]))
-
-
-def test_surroundings_are_means_of_means():
-    path = edges_of([(0, 1), (1, 0), (1, 2), (2, 1)], 4)  # 0 - 1 - 2, and 3 alone; each sees itself too
+def test_neighbourhood_features_are_means_of_means():
+    path = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])  # 0 - 1 - 2, and 3 alone; each sees itself too
     x = torch.tensor([[6.0], [0.0], [0.0], [5.0]])
     expected = torch.tensor([[6.0, 3.0, 2.5], [0.0, 2.0, 5 / 3], [0.0, 0.0, 1.0], [5.0, 5.0, 5.0]])
-    torch.testing.assert_close(metrics.surroundings(x, path, hops=2), expected)
-    bare = SortedEdges.from_edges(torch.zeros(2, 0, dtype=torch.long), 4, self_loops=False)
-    assert metrics.surroundings(x, bare, hops=1)[:, 1].tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(metrics.neighbourhood_features(x, path, hops=2), expected)
 
 
-def test_nearest_finds_the_row_across_blocks():
+def test_look_up_takes_the_mean_of_equal_rows():
+    reference = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    labels = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    found = metrics.look_up(torch.tensor([[1.0, 0.0], [0.0, 1.00001], [-5.0, 5.0]]), reference, labels)
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [1.0, 0.5], [1.0, 0.5]]))
     generator = torch.Generator().manual_seed(0)
-    reference = torch.randn(700, 30, generator=generator)
-    distance, row = metrics.nearest(reference.flip(0) + 1e-3, reference)
-    assert torch.equal(row, torch.arange(700).flip(0))
-    torch.testing.assert_close(distance, torch.full((700,), 1e-3 * math.sqrt(30)), rtol=0.2, atol=2e-3)
+    reference = torch.randn(700, 30, generator=generator)  # more than one block
+    found = metrics.look_up(reference.flip(0) + 1e-3, reference, torch.eye(700))
+    assert torch.equal(found.argmax(1), torch.arange(700).flip(0))
 
 
 def test_attention_entropy():
-    graph = edges_of([(1, 0), (2, 0)], 3)  # node 0 has three edges, the others their loop
-    attention = torch.tensor([[1 / 3, 0.5], [1 / 3, 0.5], [1 / 3, 0.0], [1.0, 1.0], [1.0, 1.0]])
-    share = metrics.attention_entropy(attention, graph)
+    edges = edges_of([(1, 0), (2, 0)], 3)  # node 0 has three edges, the others their loop
+    alpha = torch.tensor([[1 / 3, 0.5], [1 / 3, 0.5], [1 / 3, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    share = metrics.attention_entropy(edges, alpha)
     torch.testing.assert_close(share[0], torch.tensor([1, math.log(2) / math.log(3)]))
     assert share[1:].isnan().all()
 
 
-def test_shared_labels_is_the_jaccard_similarity():
+def test_jaccard():
     labels = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
-    graph = SortedEdges.from_edges(torch.tensor([[0, 0, 2], [0, 1, 2]]), 3, self_loops=False)
-    assert metrics.shared_labels(labels, graph).tolist() == pytest.approx([1, 1 / 3, 0])
+    assert metrics.jaccard(labels, torch.tensor([[0, 0, 2], [0, 1, 2]])).tolist() == pytest.approx([1, 1 / 3, 0])
+    many = torch.zeros(2, 2**16 + 1, dtype=torch.long)
+    assert metrics.jaccard(labels, many).tolist() == [1] * (2**16 + 1)
 
 
 def test_preference_within_one_neighbourhood_is_spearmans_correlation():
     star = edges_of([(node, 0) for node in range(1, 12)], 12)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.rand(len(star.source), 2, generator=generator)
-    value = torch.randint(4, (len(star.source), 1), generator=generator)  # with ties
-    seen = (star.target == 0) & (star.source != 0)
-    expected = [spearmanr(weight[seen, head], value[seen, 0]).statistic for head in range(2)]
-    assert metrics.preference(weight, value, star)[:, 0].tolist() == pytest.approx(expected)
+    alpha = torch.rand(star.shape[1], 2, generator=generator)
+    value = torch.randint(4, (star.shape[1], 1), generator=generator)  # with ties
+    seen = (star[1] == 0) & (star[0] != 0)
+    expected = [spearmanr(alpha[seen, head], value[seen, 0]).statistic for head in range(2)]
+    assert metrics.preference(star, alpha, value)[:, 0].tolist() == pytest.approx(expected)
 
 
 def test_preference_compares_within_neighbourhoods_only():
     """Values that differ between targets alone are no preference, whatever the attention does."""
     generator = torch.Generator().manual_seed(1)
-    graph = SortedEdges.from_edges(torch.randint(40, (2, 300), generator=generator), 40)
-    weight = torch.rand(len(graph.source), 1, generator=generator)
-    order = weight[:, 0] + 10 * torch.rand(graph.num_nodes, generator=generator)[graph.target]
-    values = torch.stack([order, -order, graph.target.float()], dim=1)
-    found = metrics.preference(weight, values, graph)[0]
+    edges = edges_of(torch.randint(40, (300, 2), generator=generator).tolist(), 40)
+    alpha = torch.rand(edges.shape[1], 1, generator=generator)
+    order = alpha[:, 0] + 10 * torch.rand(40, generator=generator)[edges[1]]
+    values = torch.stack([order, -order, edges[1].float()], dim=1)
+    found = metrics.preference(edges, alpha, values)[0]
     assert found[:2].tolist() == pytest.approx([1, -1])
     assert found[2].isnan()  # never varies within a neighbourhood
-    assert metrics.preference(torch.ones(len(graph.source), 1), values, graph).isnan().all()  # uniform attention
+    assert metrics.preference(edges, torch.ones(edges.shape[1], 1), values).isnan().all()  # uniform attention
+
+
+def test_attention_gain_by_hand_and_under_shuffling():
+    edges = edges_of([(1, 0), (2, 0), (0, 1)], 4)  # 0 ← 0 1 2; 1 ← 0 1; 2 and 3 have only themselves
+    assert edges.tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 0, 0, 1, 1, 2, 3]]
+    alpha = torch.tensor([[0.2, 0.0], [0.6, 0.5], [0.2, 0.5], [0.5, 0.5], [0.5, 0.5], [1, 1], [1, 1]])
+    value = torch.tensor([9.0, 1.0, 0.0, 5.0, 9.0, 9.0, 9.0])
+    found = metrics.attention_gain(edges, alpha, value)
+    torch.testing.assert_close(found, torch.tensor([[(0.75 - 0.5 + 0) / 2, 0]]))  # mean over nodes 0 and 1
+    torch.manual_seed(0)
+    shuffled = metrics.attention_gain(edges, alpha, value, shuffles=50)[1:, 0]
+    assert set(shuffled.mul(8).round().tolist()) == {-1, 1}  # 0.75 on the first or on the second
+    assert metrics.attention_gain(edges, torch.ones(7, 1), value, shuffles=3).abs().max() < 1e-6
 
 
 def test_edge_auc_leaves_self_loops_and_other_targets_out():
-    graph = edges_of([(0, 1), (2, 1), (0, 2), (1, 2)], 3)  # in this order, with a loop each: see the next line
-    assert graph.edge_index.tolist() == [[0, 0, 1, 2, 0, 1, 2], [0, 1, 1, 1, 2, 2, 2]]
+    edges = edges_of([(0, 1), (2, 1), (0, 2), (1, 2)], 3)
+    assert edges.tolist() == [[0, 0, 1, 2, 0, 1, 2], [0, 1, 1, 1, 2, 2, 2]]
     wanted = torch.tensor([False, True, False, False, True, False, False])
     weight = torch.tensor([9.0, 0.8, 9.0, 0.1, 0.2, 0.9, 9.0])
-    assert metrics.edge_auc(weight, wanted, graph) == 0.5
-    assert metrics.edge_auc(weight, wanted, graph, torch.tensor([False, True, False])) == 1
-    assert metrics.edge_auc(weight, wanted, graph, torch.tensor([False, False, True])) == 0
+    assert metrics.edge_auc(edges, weight, wanted) == 0.5
+    assert metrics.edge_auc(edges, weight, wanted, torch.tensor([False, True, False])) == 1
+    assert metrics.edge_auc(edges, weight, wanted, torch.tensor([False, False, True])) == 0
 
 
 def test_dirichlet_energy():
     x = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
-    graph = edges_of([(0, 1), (1, 0), (1, 2), (2, 1)], 3)
-    assert metrics.dirichlet_energy(x, graph) == pytest.approx(2 * (25 + 18) / 26)
-    assert metrics.dirichlet_energy(5 * x.repeat(1, 40), graph) == pytest.approx(2 * (25 + 18) / 26)
-    assert metrics.dirichlet_energy(torch.ones(3, 70), graph) == 0
-    assert metrics.dirichlet_energy(torch.zeros(3, 2), graph) == 0
-
-
-def test_mean_average_distance():
-    x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
-    diagonal = 1 - math.sqrt(0.5)
-    assert metrics.mean_average_distance(x) == pytest.approx((1 + 2 * diagonal) / 3)
-    assert metrics.mean_average_distance(torch.ones(5, 3)) == pytest.approx(0, abs=1e-12)
-
-
-def test_tensors_stay_on_their_device():
-    """On fake CUDA tensors, for what does not depend on the data."""
-    with FakeTensorMode(), torch.device("cuda"):
-        ids = torch.zeros(9, dtype=torch.long)
-        graph = SortedEdges(3, ids, ids, torch.zeros(4, dtype=torch.long))
-        attention, labels = torch.zeros(9, 2), torch.zeros(3, 5)
-        answers = [metrics.label_f1(labels, labels), metrics.attention_entropy(attention, graph)]
-        answers += [metrics.surroundings(labels, graph, 2), metrics.shared_labels(labels, graph)]
-        answers += metrics.nearest(labels, labels)
-        assert {answer.device.type for answer in answers} == {"cuda"}
+    edges = edges_of([(0, 1), (1, 0), (1, 2), (2, 1)], 3)
+    assert metrics.dirichlet_energy(x, edges) == pytest.approx(2 * (25 + 18) / 26)
+    assert metrics.dirichlet_energy(5 * x.repeat(1, 40), edges) == pytest.approx(2 * (25 + 18) / 26)
+    assert metrics.dirichlet_energy(torch.ones(3, 70), edges) == 0
+    assert metrics.dirichlet_energy(torch.zeros(3, 2), edges) == 0
