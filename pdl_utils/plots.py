@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 # Okabe & Ito 2008, in an order whose lightness alternates; marker and line style differ as well.
@@ -18,6 +20,7 @@ MARKERS = "osD^vPX*"
 STYLES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
 HEAT = "inferno"  # one-sided maps: lightness grows with the value
 SIGNED = "PuOr_r"  # two-sided maps: white is zero
+WIDEST = 8.5  # inches; JupyterLab shrinks what is wider
 
 
 def use_style() -> None:
@@ -45,19 +48,17 @@ def to_pixels(image: Tensor) -> np.ndarray:
     return pixels.permute(1, 2, 0).clamp(0, 1).numpy()
 
 
-def overlay(image: Tensor, heat: Tensor) -> np.ndarray:
-    """A map laid over its image: the stronger the evidence, the more of the colour and the less of the
-    greyed image is seen.
-
-    Args:
-        image: (3, H, W), uint8 or float in 0..1.
-        heat: (H, W) in 0..1, or -1..1 for a signed map.
-
-    Returns:
-        (H, W, 3) float in 0..1.
-    """
+def overlay(image: Tensor, heat: Tensor, signed: bool = False) -> np.ndarray:
+    """A map (H, W) laid over its image (3, H, W), uint8 or float in 0..1: the stronger the evidence, the more of
+    the colour and the less of the greyed image is seen. `heat` is in 0..1, or if `signed` in -1..1, drawn in two
+    colours, for and against. ValueError: it is not. Returns (H, W, 3) in 0..1."""
     value = heat.detach().cpu().float().numpy()
-    signed = value.min() < 0
+    if value.shape != tuple(image.shape[-2:]) or not np.all((value >= -1.001 * signed) & (value <= 1.001)):
+        raise ValueError(
+            f"heat must be {tuple(image.shape[-2:])} in {'-1' if signed else '0'}..1, not {value.shape} in "
+            f"{value.min():.3g}..{value.max():.3g}; ClassMaps.heatmaps gives such; signed maps need signed=True"
+        )
+    value = value.clip(-1, 1)
     color = mpl.colormaps[SIGNED if signed else HEAT](value / 2 + 0.5 if signed else value)[..., :3]
     grey = to_pixels(image).mean(2, keepdims=True)
     weight = 0.65 * np.sqrt(np.abs(value))[..., None]
@@ -81,21 +82,30 @@ def image_grid(
     row_labels: Sequence[str] = (),
     cell: float = 1.9,
 ) -> Figure:
-    """Pictures (H, W, 3) or (H, W) in rows of `columns`, each under its own title."""
-    rows = -(-len(images) // columns)
-    longest = max((str(t).count("\n") + 1 for t in titles), default=0)
+    """Pictures (H, W, 3) or (H, W) in rows of `columns`, each under its own title: six a row can be read. `cell`:
+    the side of a picture in inches; less where a row would be too wide. Titles are broken into lines that fit."""
+    rows, cell = -(-len(images) // columns), min(cell, (WIDEST - 0.3) / columns)
+    titles = [in_lines(text, cell) for text in titles]
+    longest = max((text.count("\n") + 1 for text in titles), default=0)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(cell * columns, (cell + 0.16 * longest) * rows + 0.3), squeeze=False
-    )
+        rows, columns, figsize=(cell * columns + 0.3 * bool(row_labels), (cell + 0.17 * longest) * rows + 0.4),
+        squeeze=False,
+    )  # fmt: skip
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, picture, text in zip(axes.flat, images, titles, strict=False):
         axis.imshow(picture, cmap="gray" if picture.ndim == 2 else None)
-        axis.set_title(text, fontsize=7.5, loc="center")
+        axis.set_title(text, loc="center")
     for axis, text in zip(axes[:, 0], row_labels, strict=False):
-        axis.text(-0.06, 0.5, text, transform=axis.transAxes, rotation=90, ha="right", va="center", fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        axis.text(-0.06, 0.5, text, transform=axis.transAxes, rotation=90, ha="right", va="center")
+    figure.suptitle(in_lines(title, cell * columns), x=0.01, ha="left", fontsize=10)
     return figure
+
+
+def in_lines(text: object, inches: float) -> str:
+    """Text of 9 points, broken at spaces into lines that are at most so wide."""
+    lines = str(text).split("\n")
+    return "\n".join(textwrap.fill(line, max(8, int(14 * inches))) for line in lines)
 
 
 def curves(
@@ -108,7 +118,7 @@ def curves(
     title: str,
 ) -> None:
     """Lines over a common x, named in a legend. A series may be one line (X,) or several (runs, X): then
-    their mean, with the band of one sample standard deviation."""
+    their mean, with the band of one sample standard deviation. Whole x, as of epochs, get whole ticks."""
     for i, (name, values) in enumerate(series.items()):
         runs = np.atleast_2d(np.asarray(values, dtype=float))
         mean = runs.mean(0)
@@ -118,6 +128,8 @@ def curves(
         if len(runs) > 1:
             spread = runs.std(0, ddof=1)
             axis.fill_between(x, mean - spread, mean + spread, alpha=0.2, color=line.get_color(), linewidth=0)
+    if all(float(value).is_integer() for value in x):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.legend()
 
@@ -136,7 +148,7 @@ def comparison(
     for i, (value, low, high) in enumerate(values.values()):
         axis.barh(i, value, color=COLORS[0], alpha=0.75, height=0.65)
         axis.plot([low, high], [i, i], color="black", linewidth=1.5)
-        number = axis.annotate(f"{value:.3f}", (high, i), xytext=(5, 0), textcoords="offset points", fontsize=8)
+        number = axis.annotate(f"{value:.3f}", (high, i), xytext=(5, 0), textcoords="offset points")
         number.set(va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the lines
     for i, (name, value) in enumerate((references or {}).items()):
         axis.axvline(value, color="black", linestyle=STYLES[1 + i % 3], linewidth=1, label=name)

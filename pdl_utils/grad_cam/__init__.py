@@ -1,4 +1,4 @@
-"""Grad-CAM: `hooks` read layers, `maps` explain classes, `metrics` test the explanations."""
+"""Grad-CAM: `hooks` read layers, `checks` refuse wrong input, `maps` explain classes, `metrics` test the maps."""
 
 from pdl_utils.grad_cam.hooks import evaluating, record_activations
 from pdl_utils.grad_cam.maps import (
@@ -12,16 +12,14 @@ from pdl_utils.grad_cam.maps import (
     scale_to_one,
 )
 from pdl_utils.grad_cam.metrics import (
-    PixelCurves,
+    area,
     box_masks,
     cascading_randomization,
     energy_in_box,
+    hottest_overlap,
     insertion_deletion,
-    match_classes,
     mean_interval,
     pointing_game,
-    randomization_check,
     rank_correlation,
     receptive_fields,
-    score_boxes,
 )

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """The layer of this name; ValueError with similar names if there is none."""
     layers = dict(model.named_modules())
+    if not isinstance(name, str):
+        known = next((repr(n) for n, layer in layers.items() if layer is name), "none of this model's")
+        raise ValueError(
+            f"give a layer by its name in model.named_modules(); this {type(name).__name__} is {known}"
+        )
     if name not in layers:
         similar = get_close_matches(name, layers, n=5, cutoff=0.5) or [n for n, _ in model.named_children()]
         raise ValueError(f"{type(model).__name__} has no layer {name!r}; did you mean {', '.join(similar)}?")
@@ -21,19 +26,11 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 @contextmanager
 def record_activations(model: nn.Module, layers: str | Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Inside the `with`, each forward pass of `model` leaves the outputs of its layers in a dictionary.
+    """Inside the `with`, each forward pass leaves the outputs of these layers in a dictionary.
 
-    What is kept is the layer's own output. The rest of the network gets a copy of it, so an in-place operation
-    that follows (`relu_`, `+=`) does not overwrite what is kept. The kept tensor always requires a gradient:
-    where no graph leads to it, because the parameters before it are frozen, one starts there.
-    A layer that runs twice in a pass keeps its last output.
-
-    >>> with record_activations(model, "layer4") as seen:
-    ...     logits = model(images)
-    >>> gradient, = torch.autograd.grad(logits[0, 281], seen["layer4"])
-
-    `layers` are one or more names from `model.named_modules()`. The hooks are gone after the `with`, also when
-    the forward pass raises. ValueError: there is no layer of such a name; TypeError: it returns no single tensor.
+    The rest of the network gets a copy, so that an in-place operation that follows (`relu_`, `+=`) does not
+    overwrite what is kept. The kept tensor requires a gradient, also behind frozen parameters. A layer that runs
+    twice in a pass keeps its last output. The hooks are gone after the `with`, also after an error.
     """
     seen: dict[str, Tensor] = {}
 
@@ -46,7 +43,9 @@ def record_activations(model: nn.Module, layers: str | Sequence[str]) -> Iterato
 
         return hook
 
-    names = [layers] if isinstance(layers, str) else layers
+    names = [layers] if isinstance(layers, (str, nn.Module)) else layers
+    if not names:
+        raise ValueError("name at least one layer")
     found = {name: find_layer(model, name) for name in names}  # before any hook is placed
     handles = [layer.register_forward_hook(keep(name)) for name, layer in found.items()]
     try:
@@ -58,10 +57,8 @@ def record_activations(model: nn.Module, layers: str | Sequence[str]) -> Iterato
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, frozen parameters and gradients switched on inside the `with`; afterwards all is as it was.
-
-    With frozen parameters, autograd saves nothing for the layers before the first recorded one.
-    """
+    """Eval mode, frozen parameters and gradients switched on inside the `with`; afterwards all is as it was. With
+    frozen parameters, autograd saves nothing for the layers before the first recorded one."""
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

@@ -1,13 +1,12 @@
 """Grad-CAM and its relatives: where in the image is the evidence for a class?
 
-Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
-Localization", arXiv:1610.02391; guided backpropagation from Springenberg et al. 2014,
-"Striving for Simplicity", arXiv:1412.6806.
+Selvaraju et al. 2017, "Grad-CAM", arXiv:1610.02391. Guided backpropagation: Springenberg et al. 2014, "Striving
+for Simplicity", arXiv:1412.6806.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,36 +14,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pdl_utils.grad_cam.checks import Classes, choose_classes, class_scores, feature_maps, finite, float_batch
 from pdl_utils.grad_cam.hooks import evaluating, record_activations
-
-Classes = int | Sequence[int] | Tensor | None
 
 
 @dataclass
 class ClassMaps:
     """What `grad_cam` returns for N images and K classes each.
 
-    Attributes:
-        maps: layer name → (N, K, h, w), at the layer's own resolution and in the units of score × activation;
-            not negative unless `signed` was asked for.
-        classes: int64 (N, K), the explained classes.
-        logits: (N, number of classes), the scores of the network.
-        size: height and width of the images.
+    maps: layer → (N, K, h, w), at the layer's own resolution, in units of score × activation.
+    classes: int64 (N, K). logits: (N, C), the network's scores. size: height and width of the images.
+    signed: the maps also hold negative values, what argues against a class.
     """
 
     maps: dict[str, Tensor]
     classes: Tensor
     logits: Tensor
     size: tuple[int, int]
+    signed: bool = False
 
     @property
     def probabilities(self) -> Tensor:
-        """Softmax of the logits at the explained classes, (N, K)."""
+        """Softmax of the logits at the explained classes, (N, K); ValueError for a network with one logit."""
+        if self.logits.shape[1] == 1:
+            raise ValueError("the softmax of one logit is always 1; of a yes-or-no network take logits.sigmoid()")
         return self.logits.softmax(1).gather(1, self.classes)
 
     def heatmaps(self, layer: str | None = None) -> Tensor:
-        """The maps of a layer, of the first if None, ready to lay over the images: (N, K, H, W), each divided by
-        its largest absolute value, in 0..1, or -1..1 if signed."""
+        """The maps of a layer, of the first if None, to lay over the images: (N, K, H, W), each divided by its
+        largest absolute value, in 0..1, or -1..1 if signed."""
         return scale_to_one(enlarge(self.maps[layer or next(iter(self.maps))], self.size))
 
 
@@ -56,74 +54,91 @@ def grad_cam(
     *,
     top_k: int = 1,
     signed: bool = False,
+    channels_last: bool | None = None,
 ) -> ClassMaps:
-    """Grad-CAM maps (eqs. 1 and 2) of several classes at several layers, from one forward pass.
-
-    With activations A of a layer and the score y of a class, before the softmax:
+    """Grad-CAM maps of several classes at several layers, from one forward pass in eval mode; the model is left as
+    it was. With activations A of a layer and the score y of a class (equations 1 and 2):
 
         α_k = mean over i, j of ∂y/∂A_kij          map_ij = ReLU(Σ_k α_k A_kij)
 
-    The model runs in eval mode and is left as it was: modes, hooks, `requires_grad`, `.grad`. Works under
-    `torch.no_grad()` and `torch.inference_mode()`, and with frozen parameters.
-
-    >>> cam = grad_cam(model, images, ["layer3", "layer4"], top_k=3)
-    >>> cam.maps["layer4"].shape                        # ResNet-34 at 224×224
-    torch.Size([8, 3, 7, 7])
-
     Args:
-        model: images (N, C, H, W) → class scores (N, number of classes).
-        images: floating point, preprocessed as the model wants them.
-        layers: names of one or more convolutional layers.
-        classes: what to explain: None for each image's `top_k` classes, one class for all images,
-            one for each (N,), or several for each (N, K).
-        signed: leave out the ReLU. The positive part is then the map, and the negative part, with its
-            sign turned, the counterfactual map: what argues against the class (sec. 3.2).
-
-    Raises:
-        ValueError: a wrong layer name, class, or shape of the images or of a layer's output.
+        images: floats (N, C, H, W), preprocessed for the network, which gives scores (N, number of classes).
+        layers: names as in `model.named_modules()`.
+        classes: None for each image's `top_k`, one for all images, one for each (N,), or several (N, K): numbers,
+            or names where the model has `categories`, as those of `pretrained_resnet` do.
+        signed: leave out the ReLU; what is negative argues against the class.
+        channels_last: the layers give (N, h, w, C), as in Swin. None: (N, C, h, w), and what cannot be that,
+            by the images' proportions, is refused; False: that, whatever its proportions.
     """
-    names = [layers] if isinstance(layers, str) else list(layers)
-    with evaluating(model), record_activations(model, names) as seen:
-        logits = model(images.detach().clone())
-        classes = choose_classes(logits, classes, top_k)
-        activations = [feature_maps(seen, name) for name in names]
+    with evaluating(model), record_activations(model, layers) as seen:
+        logits = class_scores(model, float_batch(images))
+        classes = choose_classes(logits, classes, top_k, getattr(model, "categories", ()))
+        names, size = [layers] if isinstance(layers, str) else list(layers), tuple(images.shape[-2:])
+        activations = {name: feature_maps(seen, name, size, channels_last) for name in names}
         gradients = class_gradients(logits, classes, activations)
-    alphas = [gradient.mean((3, 4)) for gradient in gradients]
-    sums = [torch.einsum("nkc,nchw->nkhw", a, A.detach()) for a, A in zip(alphas, activations, strict=True)]
-    maps = dict(zip(names, sums if signed else [m.relu() for m in sums], strict=True))
-    return ClassMaps(maps, classes, logits.detach(), tuple(images.shape[-2:]))
+    maps = {}
+    for name, activation in activations.items():
+        activation, gradient = activation.detach(), gradients[name]
+        if channels_last:
+            activation, gradient = activation.movedim(-1, 1), gradient.movedim(-1, 2)
+        alpha = gradient.mean((3, 4))  # (N, K, channels), equation 1
+        summed = torch.einsum("nkc,nchw->nkhw", alpha, activation)  # equation 2, but for the ReLU
+        maps[name] = finite(summed if signed else summed.relu(), f"the map of {name!r}")
+    return ClassMaps(maps, classes, logits.detach(), size, signed)
 
 
-def class_gradients(logits: Tensor, classes: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the scores of `classes`, (N, K), with respect to each of `inputs`, (N, …): (N, K, …)."""
-    scores = logits.gather(1, classes).sum(0)  # an image's score depends on no other image
-    per_class = [torch.autograd.grad(score, inputs, retain_graph=True) for score in scores]
-    return [torch.stack(gradients, 1) for gradients in zip(*per_class, strict=True)]
+def class_gradients(logits: Tensor, classes: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the scores of `classes`, (N, K), with respect to `inputs`, name → (N, …): name → (N, K, …).
+    ValueError: no gradient reaches one of them."""
+    scores = logits.gather(1, classes).sum(0)  # (K,); an image's score depends on no other image
+    tensors, lost = list(inputs.values()), list(inputs)
+    if scores.requires_grad:
+        rows = [torch.autograd.grad(score, tensors, retain_graph=True, allow_unused=True) for score in scores]
+        lost = [name for name, gradient in zip(inputs, rows[0], strict=True) if gradient is None]
+    if lost:
+        raise ValueError(
+            f"no gradient leads from the scores to {', '.join(lost)}: the scores do not depend on it, or the "
+            "forward pass cuts the way (detach, no_grad, .data, NumPy)"
+        )
+    return dict(zip(inputs, (torch.stack(gradients, 1) for gradients in zip(*rows, strict=True)), strict=True))
 
 
 class GuidedReLU(TorchFunctionMode):
-    """While active, gradients flow back through a ReLU only where they are positive (Springenberg et
-    al. 2014, sec. 3.4). ReLU's own derivative, zero where its input is negative, stays as it is; no
-    module is exchanged, and functional calls are met as well."""
+    """While active, gradients flow back through a ReLU, module or function, only where they are positive
+    (Springenberg et al. 2014, sec. 3.4). `relus` counts them; `others` names other activations that were met."""
 
     RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+    OTHERS = (
+        "celu elu gelu hardsigmoid hardswish hardtanh leaky_relu mish prelu relu6 selu sigmoid silu softplus tanh"
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relus, self.others = 0, set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if func in self.RELUS and output.requires_grad:
-            output.register_hook(lambda gradient: gradient.clamp(min=0))
+        if func in self.RELUS:
+            self.relus += 1
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gradient.clamp(min=0))
+        elif (name := getattr(func, "__name__", "").rstrip("_")) in self.OTHERS.split():
+            self.others.add(name)
         return output
 
 
 def guided_backprop(model: nn.Module, images: Tensor, classes: Classes = None, *, top_k: int = 1) -> Tensor:
-    """Gradient of class scores with respect to the image, through guided ReLUs: (N, K, C, H, W), for K classes an
-    image. Takes what `grad_cam` takes, and leaves the model as that does."""
+    """Gradient of class scores with respect to the images, through guided ReLUs: (N, K, C, H, W). Takes what
+    `grad_cam` takes. ValueError: no ReLU was met, and this would be the plain gradient."""
     with evaluating(model):
-        pixels = images.detach().clone().requires_grad_()
-        with GuidedReLU():
-            logits = model(pixels)
-        (gradient,) = class_gradients(logits, choose_classes(logits, classes, top_k), [pixels])
-    return gradient
+        pixels = float_batch(images).requires_grad_()
+        with GuidedReLU() as guide:
+            logits = class_scores(model, pixels)
+        if not guide.relus:
+            met = ", ".join(sorted(guide.others)) or "no activation"
+            raise ValueError(f"guided backpropagation needs ReLUs; this network's forward pass met {met}")
+        classes = choose_classes(logits, classes, top_k, getattr(model, "categories", ()))
+        return class_gradients(logits, classes, {"images": pixels})["images"]
 
 
 def guided_grad_cam(
@@ -136,40 +151,11 @@ def guided_grad_cam(
 
 
 def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, K, h, w) at another size, bilinear; pixel areas, not corners, are aligned, so that a map
-    cell covers the part of the image that it stands for."""
+    """Maps (N, K, h, w) at another size, bilinear; a map cell covers the part of the image that it stands for."""
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
 
 
 def scale_to_one(maps: Tensor) -> Tensor:
     """Each map (…, h, w) divided by its largest absolute value; a map of zeros stays zeros."""
-    peak = maps.abs().amax((-2, -1), keepdim=True)
+    peak = finite(maps, "maps").abs().amax((-2, -1), keepdim=True)
     return maps / peak.where(peak > 0, 1)
-
-
-def choose_classes(logits: Tensor, classes: Classes, top_k: int) -> Tensor:
-    """The classes to explain as int64 (N, K), checked against the scores of the model."""
-    n, count = logits.shape
-    if classes is None:
-        return logits.topk(top_k).indices
-    chosen = torch.as_tensor(classes, device=logits.device)
-    chosen = chosen.expand(n) if chosen.ndim == 0 else chosen
-    chosen = chosen.unsqueeze(1) if chosen.ndim == 1 else chosen
-    if chosen.ndim != 2 or len(chosen) != n or chosen.is_floating_point():
-        raise ValueError(f"classes are {classes}; for {n} images give one integer, ({n},) or ({n}, K) of them")
-    if ((chosen < 0) | (chosen >= count)).any():
-        raise ValueError(f"the model has classes 0 to {count - 1}, and no class {chosen.unique().tolist()}")
-    return chosen.long()
-
-
-def feature_maps(seen: dict[str, Tensor], name: str) -> Tensor:
-    """What was recorded of a layer, checked to be feature maps (N, C, h, w) of more than one cell."""
-    if name not in seen:
-        raise ValueError(f"layer {name!r} takes no part in the forward pass")
-    shape = tuple(seen[name].shape)
-    if len(shape) != 4 or shape[2:] == (1, 1):
-        raise ValueError(
-            f"layer {name!r} gives shape {shape}; a map needs (N, C, h, w) with more than one cell: choose an "
-            "earlier layer, or larger images"
-        )
-    return seen[name]

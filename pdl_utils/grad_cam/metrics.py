@@ -1,42 +1,23 @@
 """Is the map right? Measures that can say no.
 
 Boxes: Zhang et al. 2016 (pointing game, arXiv:1608.00507) and Wang et al. 2020 (energy in the box,
-arXiv:1910.01279). Pixels: Petsiuk et al. 2018 (insertion and deletion, arXiv:1806.07421). Weights:
-Adebayo et al. 2018 (cascading randomisation, arXiv:1810.03292).
+arXiv:1910.01279). Pixels: Petsiuk et al. 2018 (insertion and deletion, arXiv:1806.07421). Weights: Adebayo et al.
+2018 (cascading randomisation, arXiv:1810.03292).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import bootstrap, spearmanr
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
+from pdl_utils.grad_cam.checks import choose_classes, class_scores, finite, float_batch
 from pdl_utils.grad_cam.hooks import evaluating, find_layer, record_activations
-
-Interval = tuple[float, float, float]  # mean, and the two ends of its 95% interval
-
-
-def match_classes(names: Sequence[str | None], class_of: Callable[[str], int | None]) -> tuple[Tensor, Tensor]:
-    """The classes of a network that belong to the labels of a data set.
-
-    Args:
-        names: what each of N images shows, None where that is not known; of synonyms, "goldfish, Carassius
-            auratus", the first counts.
-        class_of: name → class, or None where the network has no such class: `PretrainedNetwork.class_of`.
-
-    Returns:
-        classes, int64 (N,), -1 where there is none; known, boolean (N,).
-    """
-    found = {name: class_of(name.split(",")[0]) for name in set(names) if name}
-    numbers = [-1 if found.get(name) is None else found[name] for name in names]
-    classes = torch.tensor(numbers, dtype=torch.int64)
-    return classes, classes >= 0
 
 
 def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -47,72 +28,52 @@ def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return rows.unsqueeze(2) & columns.unsqueeze(1)
 
 
-def pointing_game(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Does the map's highest pixel lie in the box?
+def pointing_game(maps: Tensor, boxes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Does the centre of the map's highest cell lie in the box? (N,): 1 or 0; where several cells are equally high
+    (up to rounding), the share of them that do. A map without a positive value points nowhere: 0.
 
     Args:
-        maps: (N, h, w), at the resolution that the boxes are given in.
+        maps: (N, h, w), best at the layer's own resolution: enlarged, the outermost cells become plateaus.
         boxes: integers (N, 4), x0, y0, x1, y1 in pixels, both ends inside.
-
-    Returns:
-        Boolean (N,). A map without any positive value points nowhere: a miss.
+        size: height and width that the boxes are given in; the maps' own if None.
     """
-    inside = box_masks(boxes, maps.shape[-2:]).flatten(1)
-    peak = maps.flatten(1).max(1)
-    return inside.gather(1, peak.indices.unsqueeze(1)).squeeze(1) & (peak.values > 0)
+    finite(maps, "maps")
+    height, width = size or maps.shape[-2:]
+    y, x = ((torch.arange(n, device=maps.device) + 0.5) / n for n in maps.shape[-2:])
+    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(1)  # pixel i reaches from i to i + 1
+    rows = (y * height >= y0) & (y * height <= y1 + 1)
+    columns = (x * width >= x0) & (x * width <= x1 + 1)
+    peak = maps.amax((1, 2), keepdim=True)
+    highest = (maps >= peak * (1 - 1e-5)) & (peak > 0)
+    hits = highest & rows.unsqueeze(2) & columns.unsqueeze(1)
+    return hits.sum((1, 2)) / highest.sum((1, 2)).clamp(min=1)
 
 
 def energy_in_box(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Share of the map's sum that lies in the box, (N,) in 0..1; 0 for a map of zeros.
-
-    Takes what `pointing_game` takes; negative values count as 0.
-    """
-    positive = maps.clamp(min=0)
+    """Share of the map's positive sum that lies in the box, (N,); 0 for a map of zeros. Maps (N, h, w) at the
+    resolution that the boxes (N, 4) are given in."""
+    positive = finite(maps, "maps").clamp(min=0)
     inside = (positive * box_masks(boxes, maps.shape[-2:])).sum((1, 2))
     return inside / positive.sum((1, 2)).clamp(min=torch.finfo(positive.dtype).tiny)
 
 
-def mean_interval(values: Tensor) -> Interval:
-    """Mean of (N,) with its 95% percentile bootstrap interval over the N, from 2,000 draws: (mean, low, high)."""
-    sample = values.double().cpu().numpy()
-    rows = np.random.default_rng(0).integers(len(sample), size=(2000, len(sample)))
-    low, high = np.quantile(sample[rows].mean(1), (0.025, 0.975))
-    return float(sample.mean()), float(low), float(high)
-
-
-def score_boxes(maps: Mapping[str, Tensor], boxes: Tensor) -> dict[str, tuple[Interval, Interval]]:
-    """Pointing game and energy of several kinds of maps on the same images, beside two baselines.
-
-    Args:
-        maps: name → (N, h, w).
-        boxes: integers (N, 4), as `pointing_game` takes them.
-
-    Returns:
-        Name → (pointing, energy), each a mean over images with its 95% interval. "anywhere" points at a random
-        pixel or spreads its sum evenly: both give the share of the image that the box covers. "centre point" is
-        the pixel in the middle.
-    """
-    size = next(iter(maps.values())).shape[-2:]
-    area = mean_interval(box_masks(boxes, size).float().mean((1, 2)))
-    centre = torch.zeros(len(boxes), *size, device=boxes.device)
-    centre[:, size[0] // 2, size[1] // 2] = 1
-    scores = {"anywhere": (area, area)}
-    for name, m in {"centre point": centre, **maps}.items():
-        scores[name] = mean_interval(pointing_game(m, boxes)), mean_interval(energy_in_box(m, boxes))
-    return scores
+def mean_interval(values: Tensor) -> tuple[float, float, float]:
+    """Mean of (N,) and both ends of its 95% percentile bootstrap interval; of one value no ends, NaN."""
+    sample = finite(values.double().cpu(), "values").numpy()
+    if len(sample) < 2:
+        return float(sample.mean()), float("nan"), float("nan")
+    drawn = bootstrap((sample,), np.mean, n_resamples=2000, method="percentile", random_state=0)
+    return float(sample.mean()), *map(float, drawn.confidence_interval)
 
 
 def receptive_fields(
     model: nn.Module, images: Tensor, layers: Sequence[str], share: float = 0.9
 ) -> dict[str, float]:
-    """Side in pixels of what a unit in the middle of a layer sees (Luo et al. 2016, arXiv:1701.04128).
-
-    The gradient of that unit, summed over channels, with respect to images (N, C, H, W) says which pixels
-    matter; the side is that of the span, across columns, which holds `share` of its absolute values.
-    """
+    """Side in pixels of what a unit in the middle of a layer sees (Luo et al. 2016, arXiv:1701.04128): the columns
+    that hold `share` of the gradient of that unit, summed over channels, with respect to images (N, C, H, W)."""
     sides = {}
     with evaluating(model), record_activations(model, layers) as seen:
-        pixels = images.detach().clone().requires_grad_()
+        pixels = float_batch(images).requires_grad_()
         model(pixels)
         for layer in layers:
             rows, columns = seen[layer].shape[-2:]
@@ -125,87 +86,65 @@ def receptive_fields(
     return sides
 
 
-@dataclass
-class PixelCurves:
-    """`insertion` and `deletion`: (N, steps + 1), the class's probability while pixels come and go,
-    most important first; `share`: (steps + 1,), the share of pixels changed, 0 to 1."""
-
-    share: Tensor
-    insertion: Tensor
-    deletion: Tensor
-
-    def areas(self) -> tuple[Tensor, Tensor]:
-        """Areas under both curves, (N,) each in 0..1: insertion should be large, deletion small."""
-        return torch.trapezoid(self.insertion, self.share), torch.trapezoid(self.deletion, self.share)
-
-
 def insertion_deletion(
     model: nn.Module, images: Tensor, maps: Tensor, classes: Tensor, *, steps: int = 28, blur: float = 10.0
-) -> PixelCurves:
-    """Insertion: start from a blurred image and bring its pixels back, most important first. Deletion:
-    start from the image and set its pixels to 0, the mean colour of normalised images.
-
-    Args:
-        model: images (N, C, H, W) → scores (N, classes); evaluated in eval mode.
-        images: normalised float images (N, C, H, W).
-        maps: importance of pixels (N, H, W).
-        classes: int64 (N,), whose probability is followed.
-        steps: in how many equal steps the pixels are changed.
-        blur: standard deviation in pixels of the Gaussian blur from which insertion starts.
-    """
+) -> dict[str, Tensor]:
+    """The probability of `classes` (N,) while pixels of normalised images (N, C, H, W) come back into a blurred
+    image ("insertion"; `blur` is its standard deviation in pixels) or are set to the mean colour, 0 ("deletion"):
+    (N, steps + 1) each. Most important first by `maps` (N, H, W), and in random order where they are equal."""
     n, _, height, width = images.shape
-    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+    lot = torch.randperm(height * width, generator=torch.Generator().manual_seed(0)).to(images.device)
+    order = lot[finite(maps, "maps").flatten(1)[:, lot].argsort(dim=1, descending=True, stable=True)]
     rank = order.argsort(dim=1).view(n, 1, height, width)  # 0 for the most important pixel
     blurred = gaussian_blur(images, 2 * round(3 * blur) + 1, blur)
-    share = torch.linspace(0, 1, steps + 1, device=images.device)
-    insertion, deletion = [], []
+    followed = []
     with evaluating(model), torch.no_grad():
-        for part in share:
-            changed = rank < torch.round(part * height * width)
-            inserted, deleted = torch.where(changed, images, blurred), images.masked_fill(changed, 0)
-            scores = model(torch.cat([inserted, deleted])).softmax(1)
-            followed = scores.gather(1, classes.repeat(2).unsqueeze(1)).view(2, n)
-            insertion.append(followed[0])
-            deletion.append(followed[1])
-    return PixelCurves(share, torch.stack(insertion, 1), torch.stack(deletion, 1))
+        for step in range(steps + 1):
+            changed = rank < round(step / steps * height * width)
+            both = torch.cat([torch.where(changed, images, blurred), images.masked_fill(changed, 0)])
+            scores = class_scores(model, both)
+            chosen = choose_classes(scores, classes.repeat(2))
+            followed.append(scores.softmax(1).gather(1, chosen).view(2, n))
+    return dict(zip(("insertion", "deletion"), torch.stack(followed, 2), strict=True))
+
+
+def area(curves: Tensor) -> Tensor:
+    """Area under curves (N, steps + 1) over 0..1, (N,): large for a good insertion, small for a good deletion."""
+    return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1))
 
 
 def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
-    """Spearman's rank correlation between maps (N, h, w) and others (N, h, w), one a pair, (N,) in
-    -1..1; 0 where either map is constant and ranks nothing."""
-    pairs = zip(maps.flatten(1).cpu().numpy(), others.flatten(1).cpu().numpy(), strict=True)
+    """Spearman's rank correlation between maps (N, h, w) and others (N, h, w), one a pair, (N,) in -1..1; 0 where
+    either map is constant and ranks nothing."""
+    first, second = (finite(m, "maps").flatten(1).cpu().numpy() for m in (maps, others))
+    pairs = zip(first, second, strict=True)
     return torch.tensor([spearmanr(a, b).statistic if np.ptp(a) and np.ptp(b) else 0.0 for a, b in pairs])
 
 
-def cascading_randomization(model: nn.Module, layers: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (layer, copy of the model) with the weights of ever more layers drawn anew, in the order
-    given: from the classifier down. The model itself stays as it is (Adebayo et al. 2018, sec. 3).
+def hottest_overlap(maps: Tensor, others: Tensor, share: float = 0.2) -> Tensor:
+    """Do two maps (N, h, w) mark the same place? Of the pixels in the hottest `share` of either, the part that is
+    in both, (N,). At the default share, two maps of independent random numbers give 0.11."""
+    cells = maps[0].numel()
+    marked = []
+    for m in (maps, others):
+        threshold = finite(m, "maps").flatten(1).kthvalue(cells - round(share * cells) + 1, keepdim=True).values
+        marked.append(m.flatten(1) >= threshold)
+    return (marked[0] & marked[1]).sum(1) / (marked[0] | marked[1]).sum(1)
 
-    Every layer's modules are re-drawn by their own `reset_parameters`, as at the start of training.
-    """
+
+def cascading_randomization(
+    model: nn.Module, layers: Sequence[str], seed: int = 0
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (layer, copy of the model) with the weights of ever more layers drawn anew by their modules' own
+    `reset_parameters`, in the order given: from the classifier down (Adebayo et al. 2018, sec. 3). The model and
+    the caller's random numbers stay as they are. ValueError: a layer has no weights to draw."""
     randomised = copy.deepcopy(model)
     for position, name in enumerate(layers):
+        drawn = [m for m in find_layer(randomised, name).modules() if hasattr(m, "reset_parameters")]
+        if not drawn:
+            raise ValueError(f"layer {name!r} has no weights that can be drawn anew")
         with torch.random.fork_rng():
-            torch.manual_seed(position)
-            for module in find_layer(randomised, name).modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+            torch.manual_seed(1000 * seed + position)
+            for module in drawn:
+                module.reset_parameters()
         yield name, randomised
-
-
-def randomization_check(
-    model: nn.Module, explain: Callable[[nn.Module], Tensor], layers: Sequence[str]
-) -> dict[str, Tensor]:
-    """Rank correlation between the maps of the model and those after randomising its layers from the top.
-
-    Args:
-        model: the trained network; left as it is.
-        explain: gives the maps (N, h, w) of a network.
-        layers: what to randomise, one after the other, from the classifier down.
-
-    Returns:
-        Layer → (N,) in -1..1. A map that depends on what the network learnt falls towards 0.
-    """
-    trained = explain(model)
-    randomised = cascading_randomization(model, layers)
-    return {name: rank_correlation(trained, explain(network)) for name, network in randomised}

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models import get_model
+from torchvision.ops import Permute
 
+from pdl_utils import grad_cam as cams
 from pdl_utils.grad_cam import (
     ClassMaps,
     enlarge,
@@ -25,7 +27,7 @@ LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 def resnet():
     """Its batch norms have statistics of their own: at their initial values many a mistake would not show."""
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10)
+    model = get_model("resnet18", num_classes=10)
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -40,11 +42,11 @@ def images():
     return torch.randn(3, 3, 96, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-def tiny_net() -> nn.Module:
+def tiny_net(outputs: int = 5) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.5),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, outputs),
     )  # fmt: skip
 
 
@@ -65,7 +67,18 @@ def by_hand(model: nn.Module, layer: str, images: torch.Tensor, classes: torch.T
     return torch.stack(maps)
 
 
-@pytest.mark.parametrize("layer", [*LAYERS, "layer4.1.bn2", "layer3.0.conv1", "bn1", "layer2.0.downsample.1"])
+def captums(model: nn.Module, layer: str, images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    from captum.attr import LayerGradCam
+
+    peer = copy.deepcopy(model)
+    for module in peer.modules():  # captum keeps what in-place operations overwrite
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    explain = LayerGradCam(peer, peer.get_submodule(layer))
+    return explain.attribute(images, classes, relu_attributions=True)[:, 0].detach()
+
+
+@pytest.mark.parametrize("layer", ["layer4.1.bn2", "layer3.0.conv1", "layer2.0.downsample.1"])
 def test_maps_are_those_of_the_formula(resnet, images, layer):
     cam = grad_cam(resnet, images, layer, top_k=2)
     for k in range(2):
@@ -75,16 +88,37 @@ def test_maps_are_those_of_the_formula(resnet, images, layer):
 
 @pytest.mark.parametrize("layer", ["layer1", "layer4", "layer4.1.bn2", "bn1"])
 def test_maps_are_captums(resnet, images, layer):
-    from captum.attr import LayerGradCam
-
-    peer = copy.deepcopy(resnet)
-    for module in peer.modules():  # captum keeps what in-place operations overwrite
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
     classes = torch.tensor([1, 5, 9])
-    ours = grad_cam(resnet, images, layer, classes).maps[layer][:, 0]
-    theirs = LayerGradCam(peer, peer.get_submodule(layer)).attribute(images, classes, relu_attributions=True)[:, 0]
-    torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=1e-9 * theirs.max().item())
+    ours, theirs = (
+        grad_cam(resnet, images, layer, classes).maps[layer][:, 0],
+        captums(resnet, layer, images, classes),
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * theirs.max().item())
+
+
+@pytest.mark.parametrize(("arch", "layer"), [("swin_t", "features.7"), ("convnext_tiny", "features.7.2.block.2")])
+def test_layers_that_give_channels_last_are_captums_on_the_permuted_layer(arch, layer):
+    torch.manual_seed(0)
+    model, x, classes = get_model(arch, num_classes=10).eval().double(), torch.randn(2, 3, 96, 64).double(), [3, 7]
+    with pytest.raises(ValueError, match=r"cannot be \(N, C, h, w\) .* channels_last=True"):
+        grad_cam(model, x, layer, classes)
+    with pytest.raises(ValueError, match=r"cannot be \(N, h, w, C\)"):
+        grad_cam(model, x, "features.0.0", classes, channels_last=True)
+    ours = grad_cam(model, x, layer, classes, channels_last=True).maps[layer][:, 0]
+    assert ours.shape == (2, 3, 2)
+    peer = copy.deepcopy(model)  # the layer, turned to (N, C, h, w), where captum reads it, and back
+    there, back = Permute([0, 3, 1, 2]), Permute([0, 2, 3, 1])
+    peer.set_submodule(layer, nn.Sequential(peer.get_submodule(layer), there, nn.Identity(), back))
+    theirs = captums(peer, f"{layer}.2", x, torch.tensor(classes))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * theirs.max().item())
+
+
+def test_proportions_that_no_image_has_can_be_insisted_on():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, stride=(4, 1), padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    spectrogram = torch.rand(1, 1, 64, 64)
+    assert grad_cam(model, spectrogram, "0", 1, channels_last=False).maps["0"].shape == (1, 1, 16, 64)
+    with pytest.raises(ValueError, match="channels_last=False takes it"):
+        grad_cam(model, spectrogram, "0", 1)
 
 
 def test_many_layers_in_one_pass_equal_one_layer_each(resnet, images):
@@ -118,20 +152,24 @@ def test_branches_and_a_batch_of_one_image():
         torch.testing.assert_close(cam.maps[layer][:, 0], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_signed_maps_hold_the_map_and_the_counterfactual(resnet, images):
-    maps = grad_cam(resnet, images, "layer4", 2).maps["layer4"]
-    signed = grad_cam(resnet, images, "layer4", 2, signed=True).maps["layer4"]
-    assert (signed < 0).any()
-    torch.testing.assert_close(signed.relu(), maps)
+def test_signed_maps_hold_the_map_and_the_counterfactual_and_say_so(resnet, images):
+    plain, signed = (grad_cam(resnet, images, "layer4", 2, signed=signed) for signed in (False, True))
+    assert (plain.signed, signed.signed) == (False, True)
+    assert (signed.maps["layer4"] < 0).any()
+    torch.testing.assert_close(signed.maps["layer4"].relu(), plain.maps["layer4"])
     against = copy.deepcopy(resnet)
     against.fc.weight.data.neg_()
-    torch.testing.assert_close((-signed).relu(), grad_cam(against, images, "layer4", 2).maps["layer4"])
+    opposite = grad_cam(against, images, "layer4", 2).maps["layer4"]
+    torch.testing.assert_close((-signed.maps["layer4"]).relu(), opposite)
 
 
 def test_ways_to_name_classes(resnet, images):
-    several = [[0, 1], [2, 3], [4, 9]]
-    for classes, expected in ((0, [[0]] * 3), ([0, 1, 2], [[0], [1], [2]]), (torch.tensor(several), several)):
-        cam = grad_cam(resnet, images, "layer4", classes)
+    several, model = [[0, 1], [2, 3], [4, 9]], copy.deepcopy(resnet)
+    model.categories = [f"bird {i}" for i in range(10)]
+    ways = [(0, [[0]] * 3), ([0, 1, 2], [[0], [1], [2]]), (torch.tensor(several, dtype=torch.uint8), several),
+            ("bird 4", [[4]] * 3), (["bird 4", "Bird 0", "bird 9"], [[4], [0], [9]])]  # fmt: skip
+    for classes, expected in ways:
+        cam = grad_cam(model, images, "layer4", classes)
         assert cam.classes.tolist() == expected
         torch.testing.assert_close(cam.probabilities, cam.logits.softmax(1).gather(1, torch.tensor(expected)))
 
@@ -156,27 +194,98 @@ def test_enlarged_cells_cover_their_part_of_the_image():
     torch.testing.assert_close(large.mean(), torch.tensor(0.25))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layer": "layer5"}, r"no layer 'layer5'; did you mean .*layer4"),
-        ({"layer": "fc"}, r"'fc' gives shape \(3, 10\)"),
-        ({"layer": "avgpool"}, r"'avgpool' gives shape \(3, 512, 1, 1\).* more than one cell"),
-        ({"layer": "spare"}, "'spare' takes no part"),
-        ({"classes": 10}, r"classes 0 to 9, and no class \[10\]"),
-        ({"classes": -1}, "no class"),
-        ({"classes": [1, 2]}, r"for 3 images give one integer, \(3,\) or \(3, K\)"),
-        ({"classes": 1.5}, "one integer"),
-    ],
-)
-def test_mistakes_are_named(resnet, images, change, message):
-    model = copy.deepcopy(resnet)
+ONE_HOT = nn.functional.one_hot(torch.tensor([3, 4, 0]), 10)
+MISTAKES = {
+    "no such layer": ({"layers": "layer5"}, r"no layer 'layer5'; did you mean .*layer4"),
+    "a layer as a module": ({"layers": lambda model: model.layer4}, "by its name .* this Sequential is 'layer4'"),
+    "no map": ({"layers": "fc"}, r"'fc' gives shape \(3, 10\)"),
+    "one cell": ({"layers": "avgpool"}, r"'avgpool' gives shape \(3, 512, 1, 1\).* more than one cell"),
+    "no layer": ({"layers": []}, "name at least one layer"),
+    "an unused layer": ({"layers": "spare"}, "'spare' takes no part"),
+    "class too high": ({"classes": 10}, r"classes 0 to 9, and no class \[10\]"),
+    "class below 0": ({"classes": -1}, "no class"),
+    "too few classes": ({"classes": [1, 2]}, r"for 3 images give one integer, \(3,\) or \(3, K\)"),
+    "a float": ({"classes": 1.5}, "one integer"),
+    "truth values": ({"classes": [True, False, True]}, "one integer"),
+    "one-hot rows": ({"classes": ONE_HOT}, "one-hot rows would be read as the classes 0 and 1"),
+    "one-hot truth values": ({"classes": ONE_HOT.bool()}, r"take .argmax\(1\)"),
+    "a name without categories": ({"classes": "goldfish"}, "has the name 'goldfish'; try its number"),
+    "top_k too high": ({"top_k": 11}, "top_k=11, but the network has 10 classes"),
+    "one image": ({"images": torch.rand(3, 96, 96)}, r"not Tensor \(3, 96, 96\) of .* image\[None\]"),
+    "pixels": ({"images": torch.zeros(3, 3, 96, 96, dtype=torch.uint8)}, "batch of floats"),
+    "not finite": ({"images": torch.full((3, 3, 96, 96), torch.nan).double()}, "scores: a value is NaN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(resnet, images, mistake):
+    model, (change, message) = copy.deepcopy(resnet), MISTAKES[mistake]
     model.spare = nn.Conv2d(3, 3, 1)
-    asked = {"layer": "layer4", "classes": None, **change}
-    for call in (grad_cam, guided_grad_cam):
+    asked = {"images": images, "layers": "layer4", "classes": None, "top_k": 1, **change}
+    if callable(asked["layers"]):
+        asked["layers"] = asked["layers"](model)
+    with pytest.raises(ValueError, match=message):
+        grad_cam(model, **asked)
+    if "layers" not in change:
         with pytest.raises(ValueError, match=message):
-            call(model, images, asked["layer"], asked["classes"])
+            guided_backprop(model, asked["images"], asked["classes"], top_k=asked["top_k"])
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Changed(nn.Module):
+    """A network whose scores are made into something else."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = tiny_net(), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+OUTPUTS = {
+    "a tuple": (lambda y: (y, y), "one tensor .* not a tuple; wrap it"),
+    "a dictionary": (lambda y: {"out": y}, "not a dict; wrap it"),
+    "one score an image": (lambda y: y[:, 0], r"not Tensor \(2,\)"),
+    "a softmax": (lambda y: y.softmax(1), "ends in a softmax"),
+    "detached": (lambda y: y.detach(), "no gradient leads from the scores to .*0|images"),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_outputs_that_cannot_be_explained_are_named(output):
+    (change, message), x = OUTPUTS[output], torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        grad_cam(Changed(change), x, "net.0")
+    with pytest.raises(ValueError, match=message):
+        guided_backprop(Changed(change), x)
+
+
+def test_a_layer_that_does_not_lead_to_the_scores_is_named():
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.aside = tiny_net(), nn.Conv2d(3, 2, 3)
+
+        def forward(self, x):
+            return self.net(x) + self.aside(x).mean().detach()
+
+    with pytest.raises(ValueError, match="no gradient leads from the scores to aside: "):
+        grad_cam(Aside(), torch.randn(2, 3, 8, 8), ["net.0", "aside"])
+
+
+def test_one_logit_has_maps_and_no_probability():
+    cam = grad_cam(tiny_net(1), torch.randn(2, 3, 8, 8), "0")
+    assert cam.maps["0"].shape == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match="one logit is always 1"):
+        _ = cam.probabilities
+
+
+def test_a_value_that_is_not_finite_is_an_error_and_not_a_scale():
+    maps = torch.rand(2, 1, 4, 4) * 5
+    maps[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="maps: a value is NaN or infinite"):
+        scale_to_one(maps)
 
 
 @pytest.mark.parametrize("explain", [lambda m, x: grad_cam(m, x, ["0", "2"]), guided_backprop])
@@ -211,7 +320,7 @@ def test_the_model_is_left_as_it_was(explain, fails):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_frozen_no_grad_inference_train_mode_and_channels_last_agree(resnet, images):
+def test_frozen_no_grad_inference_train_mode_and_channels_last_memory_agree(resnet, images):
     expected = grad_cam(resnet, images, LAYERS, top_k=2).maps
     model = copy.deepcopy(resnet).requires_grad_(False).train().to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -238,12 +347,13 @@ def test_cuda_agrees_with_the_cpu(resnet, images):
         torch.testing.assert_close(on_gpu[layer].cpu(), expected, rtol=1e-5, atol=1e-8)
 
 
-def test_everything_but_the_gradients_runs_on_a_fake_gpu():
+def test_everything_but_the_gradients_runs_on_a_fake_gpu(monkeypatch):
+    monkeypatch.setattr(cams.maps, "finite", lambda values, what: values)  # a fake tensor has no values
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         model = tiny_net().eval()
         with record_activations(model, "1") as seen:
             logits = model(torch.randn(2, 3, 8, 8))
-        cam = ClassMaps({"1": seen["1"]}, logits.topk(3).indices, logits, (96, 96))
+        cam = ClassMaps({"1": seen["1"]}, cams.checks.choose_classes(logits, None, 3), logits, (96, 96))
         assert cam.heatmaps().device.type == cam.probabilities.device.type == "cuda"
 
 
@@ -279,6 +389,12 @@ def test_guided_backprop_is_captums(functional):
     x.requires_grad_()
     (plain,) = torch.autograd.grad(ours(x).gather(1, torch.tensor([[1], [4]])).sum(), x)
     assert not torch.allclose(plain, expected)  # guidance makes a difference here
+
+
+@pytest.mark.parametrize(("arch", "met"), [("efficientnet_b0", "sigmoid, silu"), ("convnext_tiny", "gelu")])
+def test_guided_backprop_without_a_relu_names_what_it_met(arch, met):
+    with pytest.raises(ValueError, match=f"needs ReLUs; this network's forward pass met {met}"):
+        guided_backprop(get_model(arch, num_classes=10), torch.randn(1, 3, 64, 64), 3)
 
 
 def test_guided_grad_cam_is_the_product(resnet, images):
