@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class FileServer(ThreadingHTTPServer):
-    """An official source on this machine: `files` by path, the first `truncated` answers cut in half."""
+    """An official source on this machine: `files` by path."""
 
     daemon_threads = True
 
@@ -49,7 +49,7 @@ class FileServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.url = f"http://127.0.0.1:{self.server_port}/"
         self.files: dict[str, bytes] = {}
-        self.truncated = 0
+        self.truncated = False  # send half of each file
         self.stalled = threading.Event()  # set: send headers, then nothing
         self.requests = 0
 
@@ -61,19 +61,15 @@ class _Answer(BaseHTTPRequestHandler):
         self.server.requests += 1
         body = self.server.files.get(self.path.lstrip("/"))
         if body is None:
-            self.send_error(404)
-            return
+            return self.send_error(404)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.server.stalled.is_set():
             self.connection.settimeout(60)  # not the default, which the client lowers in this process
             self.connection.recv(1)  # until the client gives up
-            return
-        if self.server.truncated > 0:
-            self.server.truncated -= 1
-            body = body[: len(body) // 2]
-        self.wfile.write(body)
+        else:
+            self.wfile.write(body[: len(body) // 2] if self.server.truncated else body)
 
     def log_message(self, *_: object) -> None:
         """Keep the test's output clean."""
@@ -186,7 +182,6 @@ def make_imagenette(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
     }  # fmt: skip
     url, content = server.url + "imagenette2-320.tgz", packed(files, "gztar")
     server.files["imagenette2-320.tgz"] = content
-    patch.setitem(Imagenette._ARCHIVES, "320px", (url, md5(content)))
     patch.setattr(photos, "IMAGENETTE_URL", url)
     patch.setattr(photos, "IMAGENETTE_MD5", md5(content))
     patch.setattr(photos, "IMAGENETTE_COUNT", 2 * len(wnids))

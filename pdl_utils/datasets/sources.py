@@ -115,15 +115,15 @@ def obtain(
 def _fetch(place: Path, read: Callable[[Path], object], download: Callable[[Path], object]) -> str | None:
     """None if `place` is there now, else why the download failed."""
     if _no_answer:
-        return f"the network did not answer before ({_no_answer[0]}); restart the kernel to ask again"
+        return f"there was no network when {_no_answer[0]} was asked for; restart the kernel to ask again"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)  # loaders have no parameter for it
     try:
         _put_in_place(place, read, download)
     except Exception as error:  # loaders raise all kinds of things
         if isinstance(getattr(error, "reason", None), socket.gaierror | TimeoutError):  # nobody was reached
-            _no_answer.append(f"{place.name}: {error}")
-        if isinstance(error, OSError) and not os.access(place.parent, os.W_OK):
+            _no_answer.append(place.name)
+        if isinstance(error, OSError) and not (place.parent.is_dir() and os.access(place.parent, os.W_OK)):
             return f"{place.parent} cannot be written to ({error.strerror}); set PDL_DATA to a folder that can"
         return f"the download failed ({error})"
     finally:

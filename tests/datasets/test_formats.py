@@ -1,4 +1,4 @@
-"""What each data set holds, value by value; the choice of photographs; stand-ins; the real files, if at hand."""
+"""What each data set holds, value by value; photographs and images of one's own; stand-ins; the real files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import importlib
 import os
 import pickle
 import socket
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from pdl_utils.datasets import cifar10, imagenet_photos, mnist, stand_ins
+from pdl_utils.datasets import (
+    DamagedFile,
+    LabelledImages,
+    Provenance,
+    cifar10,
+    imagenet_photos,
+    labelled_folder,
+    mnist,
+    stand_ins,
+)
+from pdl_utils.datasets.photos import to_rgb
 from pdl_utils.settings import data_root
 
 module = importlib.import_module("pdl_utils.datasets.tiny_imagenet")  # not the function of the same name
@@ -26,13 +34,15 @@ WNIDS = ["n01443537", "n02123045"]
 pytestmark = pytest.mark.usefixtures("fresh_data")
 
 
+# Official files
+
+
 def test_cifar10_values(make_official):
     official = make_official("cifar10")
     official.write()
     data = cifar10()
     batches = [pickle.loads(official.files[f"cifar-10-batches-py/data_batch_{i}"]) for i in range(1, 6)]
     pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
-    assert data.train_images.dtype == torch.uint8
     assert torch.equal(data.train_images, torch.from_numpy(pixels))
     assert data.train_labels.tolist() == [label for batch in batches for label in batch["labels"]]
     assert data.test_images.shape == (4, 3, 32, 32)
@@ -44,8 +54,7 @@ def test_mnist_values(make_official):
     official.write()
     data = mnist()
     assert data.train_images.numpy().tobytes() == official.files["MNIST/raw/train-images-idx3-ubyte"][16:]
-    assert data.train_images.shape == (6, 1, 28, 28)
-    assert data.test_images.shape == (3, 1, 28, 28)
+    assert (data.train_images.shape, data.test_images.shape) == ((6, 1, 28, 28), (3, 1, 28, 28))
     assert (data.train_labels.tolist(), data.test_labels.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 1, 2])
 
 
@@ -58,18 +67,16 @@ def test_tiny_imagenet_values(make_official):
     assert "3 training images a class" in str(train.provenance)
     assert val.labels.tolist() == [1, 0]
     assert val.boxes.tolist() == [[0, 5, 63, 50], [9, 9, 9, 9]]
-    assert val.images.dtype == torch.uint8
-    assert val.images[:, :, 30, 30].sub(torch.tensor([[0, 0, 30], [100, 0, 30]])).abs().max() <= 3
+    assert val.images[:, :, 30, 30].int().sub(torch.tensor([[0, 0, 30], [100, 0, 30]])).abs().max() <= 3
     with pytest.raises(ValueError, match="'train' or 'val'"):
         tiny_imagenet("test")
 
 
 def test_tiny_imagenet_limit_is_spread_over_the_classes(make_official):
     make_official("tiny").write()
-    first, same = (tiny_imagenet("train", limit=4) for _ in range(2))
+    first, same, whole = (tiny_imagenet("train", limit=limit) for limit in (4, 4, None))
     assert first.labels.tolist() == [0, 0, 1, 1]
     assert torch.equal(first.images, same.images)
-    whole = tiny_imagenet("train")
     pairs = list(zip(whole.images.flatten(1).tolist(), whole.boxes.tolist(), strict=True))
     for pair in zip(first.images.flatten(1).tolist(), first.boxes.tolist(), strict=True):
         assert pair in pairs  # an image keeps its box
@@ -77,52 +84,154 @@ def test_tiny_imagenet_limit_is_spread_over_the_classes(make_official):
     assert np.bincount(labels[module.spread(labels, 110)]).tolist().count(5) == 10
 
 
-@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
         ("val/val_annotations.txt", b"val_0.JPEG\tn02123045\t0\t5\t63\t50\n", "has 1 lines, not 2"),
-        ("val/val_annotations.txt", b"val_0.JPEG\tn0212", "has a line that cannot be read"),
-        ("wnids.txt", b"n01443537\n", "does not fit the other lists of classes (n02123045)"),
-        ("words.txt", b"n01443537\tgoldfish\nn021", "does not fit the other lists of classes (n02123045)"),
+        ("val/val_annotations.txt", b"val_0.JPEG\tn0212", "is missing or damaged"),
+        ("wnids.txt", b"n01443537\n", "does not name the folders in train/"),
+        ("words.txt", b"n01443537\tgoldfish\nn021", "is missing or damaged"),
     ],
 )
-def test_tiny_imagenet_lists_are_verified(name, content, complaint, make_official, capsys):
+def test_tiny_imagenet_lists_are_verified(name, content, complaint, make_official):
     (make_official("tiny").write() / "tiny-imagenet-200" / name).write_bytes(content)
-    assert tiny_imagenet("val").labels.tolist() == [1, 0]
-    assert complaint in capsys.readouterr().out
+    with pytest.raises(DamagedFile, match=f"{name}.*{complaint}"):
+        tiny_imagenet("val")
 
 
 def test_imagenette_values_and_choice(make_official):
     make_official("photos").write()
     data = imagenet_photos()
     assert data.names[:3] == ["tabby", "tench", "tench"]  # a cat, though Imagenette has none
-    assert len(data.images) == len(data.names) == len(data.wnids) == 21
-    assert all(image.mode == "RGB" for image in data.images)
-    few = imagenet_photos(5, prefer=["n03888257", "n02123045"])
+    assert len(data.images) == len(data.names) == len(data.wnids) == len(data.files) == 21
+    few, same = (imagenet_photos(5, prefer=["n03888257", "n02123045"]) for _ in range(2))
     assert few.names[:3] == ["parachute", "parachute", "tabby"]
     assert len(few.images) == 5
-    assert few.names == imagenet_photos(5, prefer=["n03888257", "n02123045"]).names
+    assert few.names == same.names
 
 
-@pytest.mark.fault("damaged files")
-def test_own_photographs_come_first_and_unreadable_ones_stay(capsys):
-    folder = data_root() / "imagenet-samples" / "one_per_class"
-    folder.mkdir(parents=True)
+# Photographs of one's own
 
-    names = ("../a holiday.jpg", "n02123045_tabby.jpg", "n01443537_gold_fish.JPG", "n02099601_half.jpg")
-    for name, side in zip(names, (50, 60, 70, 80), strict=True):
-        Image.new("RGB", (side, side), (0, 0, 255)).save(folder / name)
-    half = folder / names[-1]
-    half.write_bytes(half.read_bytes()[:-40])
-    (folder / "notes.txt").touch()
-    data = imagenet_photos(prefer=["n02123045"])
-    assert data.names == ["tabby", "gold fish", None]
-    assert data.wnids == ["n02123045", "n01443537", None]
-    assert [image.width for image in data.images] == [60, 70, 50]
-    assert data.provenance.real
-    assert "n02099601_half.jpg cannot be decoded" in capsys.readouterr().out
+
+def save(image: Image.Image, path: Path, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def test_ones_own_photographs_are_shown_first_and_what_cannot_be_read_is_named(capsys):
+    folder = data_root() / "imagenet-samples"
+    for i in range(30):
+        save(Image.new("RGB", (9, 9)), folder / "many" / f"n02123045_cat_{i}.jpg")
+    for name in ("n01443537_gold_fish.JPG", "a holiday.tif", "old.gif", "n09999999_flat.bmp"):
+        save(Image.new("RGB", (20, 10)), folder / name)
+    half = save(Image.effect_noise((50, 50), 9), folder / "half.jpg")
+    half.write_bytes(half.read_bytes()[:-400])
+    save(Image.new("1", (14000, 14000)), folder / "scan.png")  # DecompressionBombError
+    (folder / "notes.heic").touch()
+    data = imagenet_photos(6, prefer=["n02123045"])
+    assert data.names == [None, None, "gold fish", "flat", "cat 0", "cat 1"]
+    assert data.files[:2] == ["a holiday.tif", "old.gif"]
+    assert data.wnids[2:5] == ["n01443537", "n09999999", "n02123045"]
+    out = capsys.readouterr().out
+    assert "6 photographs from imagenet-samples/" in out
+    assert all(f"{name} is left out" in out for name in ("half.jpg", "scan.png"))
+    assert "notes.heic left out; names must end in" in out
     assert half.exists()
+    assert len(imagenet_photos().images) == 34
+    with pytest.raises(ValueError, match="at least one"):
+        imagenet_photos(0)
+
+
+def test_one_photograph_is_enough_and_a_large_one_is_made_smaller():
+    save(Image.new("RGB", (3000, 1500)), data_root() / "imagenet-samples" / "mine.png")
+    assert [image.size for image in imagenet_photos(8).images] == [(1024, 512)]
+
+
+RAMP = (np.arange(4096).reshape(64, 64) * 16).astype(np.uint16)
+HIDDEN = Image.fromarray(np.stack([np.full((4, 4), v, np.uint8) for v in (200, 10, 60, 0)], -1))  # transparent
+RED = Image.new("RGB", (4, 4), (250, 20, 10))
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "pixel"),
+    [
+        ("16 bits.png", Image.fromarray(RAMP), {}, (255, 255, 255)),
+        ("16 bits.tif", Image.fromarray(RAMP // 2), {}, (127, 127, 127)),
+        (
+            "floats.tif",
+            Image.fromarray(np.linspace(-1, 3, 16, dtype=np.float32).reshape(4, 4)),
+            {},
+            (255, 255, 255),
+        ),
+        ("transparent.png", HIDDEN, {}, (255, 255, 255)),
+        ("grey and transparent.png", HIDDEN.convert("LA"), {}, (255, 255, 255)),
+        ("palette.gif", RED.quantize(2), {}, (250, 20, 10)),
+        ("palette.png", RED.quantize(2), {"transparency": 0}, (255, 255, 255)),
+        ("colour key.png", RED, {"transparency": (250, 20, 10)}, (255, 255, 255)),
+        ("inks.tif", Image.new("CMYK", (4, 4), (0, 255, 255, 0)), {}, (255, 0, 0)),
+        ("bits.bmp", Image.new("1", (4, 4), 1), {}, (255, 255, 255)),
+        ("frames.gif", RED.quantize(2), {"save_all": True, "append_images": [HIDDEN]}, (250, 20, 10)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_photograph_of_any_kind_is_shown_as_it_looks(name, image, options, pixel, tmp_path):
+    with Image.open(save(image, tmp_path / name, **options)) as opened:
+        seen = to_rgb(opened)
+    assert seen.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(seen)[-1, -1], pixel, atol=1)
+
+
+def test_a_photograph_is_turned_as_the_camera_was_held(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 255, 255), (0, 0, 20, 20))  # the left half, which will be the upper one
+    with Image.open(save(image, tmp_path / "turned.png", exif=exif)) as opened:
+        seen = to_rgb(to_rgb(opened))  # twice is once
+    assert seen.size == (20, 40)
+    assert (seen.getpixel((10, 5)), seen.getpixel((10, 35))) == ((255,) * 3, (0,) * 3)
+
+
+# Labelled images of one's own
+
+
+def labelled(**changed: object) -> LabelledImages:
+    images, labels = torch.zeros(6, 1, 8, 9, dtype=torch.uint8), torch.arange(6) % 3
+    whole = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    return LabelledImages(**whole | changed, classes=["a", "b", "c"], provenance=Provenance("mine", "mine"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train_images": torch.rand(6, 1, 8, 9)}, "uint8"),
+        ({"train_images": torch.zeros(6, 8, 9, dtype=torch.uint8)}, "N, 3, H, W"),
+        ({"test_images": torch.zeros(6, 3, 8, 9, dtype=torch.uint8)}, "one shape"),
+        ({"train_labels": torch.arange(5)}, "one for each of the 6 images"),
+        ({"train_labels": torch.ones(6)}, "int64"),
+        ({"test_labels": torch.arange(6)}, "0 to 2"),
+        ({"test_labels": torch.arange(6) - 4}, "0 to 2"),
+    ],
+)
+def test_labelled_images_that_do_not_fit_are_refused(changed, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        labelled(**changed)
+    assert labelled().train_images.shape == (6, 1, 8, 9)
+
+
+def test_a_folder_of_labelled_images(tmp_path):
+    for part, count in (("train", 3), ("test", 2)):
+        for name, grey in (("dark", 10), ("light", 240)):
+            for i in range(count):
+                save(Image.new("L", (60 + i, 40), grey), tmp_path / part / name / f"{i}.png")
+    data = labelled_folder(tmp_path, side=16)
+    assert (data.train_images.shape, data.test_images.shape) == ((6, 3, 16, 16), (4, 3, 16, 16))
+    assert (data.classes, data.test_labels.tolist()) == (["dark", "light"], [0, 0, 1, 1])
+    assert data.test_images[:, 0, 5, 5].tolist() == [10, 10, 240, 240]
+    (tmp_path / "test" / "light" / "0.png").write_bytes(b"no image")
+    with pytest.raises(DamagedFile, match=r"light/0\.png"):
+        labelled_folder(tmp_path)
 
 
 # Stand-ins
@@ -137,47 +246,43 @@ def no_sockets(monkeypatch):
 
 
 def test_texture_crops_follow_from_the_seed():
-    (train, labels), (test, test_labels) = stand_ins.texture_crops(40, 20, seed=3)
-    (same, _), (same_test, _) = stand_ins.texture_crops(40, 20, seed=3)
+    train, labels, test, test_labels = stand_ins.texture_crops(40, 20, seed=3)
+    same, _, same_test, _ = stand_ins.texture_crops(40, 20, seed=3)
     assert torch.equal(torch.cat([train, test]), torch.cat([same, same_test]))
-    assert not torch.equal(train, stand_ins.texture_crops(40, 20, seed=4)[0][0])
+    assert not torch.equal(train, stand_ins.texture_crops(40, 20, seed=4)[0])
     assert (train.shape, train.dtype) == ((40, 3, 32, 32), torch.uint8)
     assert (labels.bincount().tolist(), test_labels.bincount().tolist()) == ([4] * 10, [2] * 10)
 
 
 def test_texture_crops_of_train_and_test_share_no_pixel(monkeypatch):
-    """Photographs whose cells for testing are white and whose other cells are black: crops must be one or
-    the other, whole."""
+    """Photographs whose cells for testing are white and the others black: a crop must be one or the other."""
+    photograph = stand_ins.photograph
 
-    def marked(load: Callable[[], np.ndarray]) -> np.ndarray:
-        pixels = np.zeros_like(load())
-        for left, top, side in stand_ins.grid_cells(pixels.shape[1], pixels.shape[0], held_out=True):
-            pixels[top : top + side, left : left + side] = 255
-        return pixels
+    def marked(name: str) -> Image.Image:
+        image = Image.new("RGB", photograph(name).size)
+        for left, top, side in stand_ins.grid_cells(*image.size, held_out=True):
+            image.paste((255, 255, 255), (left, top, left + side, top + side))
+        return image
 
-    monkeypatch.setattr(
-        stand_ins, "TEXTURES", {name: partial(marked, load) for name, load in stand_ins.TEXTURES.items()}
-    )
-    (train, _), (test, _) = stand_ins.texture_crops(300, 300)
+    monkeypatch.setattr(stand_ins, "photograph", marked)
+    train, _, test, _ = stand_ins.texture_crops(300, 300)
     assert train.max() == 0
     assert test.min() > 150
 
 
 def test_digits_are_split_without_overlap(no_sockets):
-    data = mnist()
+    data, same = mnist(), mnist()
     train, test = data.train_images, data.test_images
-    assert (len(train), len(test)) == (1438, 359)
-    assert train.shape[1:] == (1, 28, 28)
+    assert (train.shape, test.shape) == ((1438, 1, 28, 28), (359, 1, 28, 28))
     assert not {image.numpy().tobytes() for image in train} & {image.numpy().tobytes() for image in test}
     assert set(data.train_labels.tolist()) == set(data.test_labels.tolist()) == set(range(10))
-    assert torch.equal(mnist().train_images, train)
+    assert torch.equal(same.train_images, train)
 
 
 def test_stand_in_photographs_show_a_cat_first(no_sockets):
     data = imagenet_photos(8)
     assert len(data.images) == 8
-    assert (data.names[0], data.wnids[0]) == ("tabby", "n02123045")
-    assert data.images[0].size == (451, 300)
+    assert (data.names[0], data.wnids[0], data.images[0].size) == ("tabby", "n02123045", (451, 300))
     assert all(image.mode == "RGB" for image in data.images)
     assert imagenet_photos(prefer=["n07920052"]).names[0] == "espresso"
     assert len(imagenet_photos(100).images) == len(stand_ins.PHOTOGRAPHS)
