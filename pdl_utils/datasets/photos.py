@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ PER_CLASS = 4  # of Imagenette's, so that all ten classes are seen without decod
 @dataclass(frozen=True)
 class Photos:
     """`images`: RGB, of any size; `names`: what each shows, or None; `wnids`: its ImageNet class ("n02123045"), or
-    None; `files`: its path in its folder."""
+    None; `files`: what its file is called."""
 
     images: list[Image.Image]
     names: list[str | None]
@@ -42,10 +41,9 @@ class Photos:
 class _Candidate(NamedTuple):
     """A photograph that has not been opened yet."""
 
-    open: Callable[[], Image.Image]
+    file: Path | str  # str: a sample, by its name in stand_ins
     name: str | None
     wnid: str | None
-    file: str
 
 
 def imagenet_photos(count: int | None = None, prefer: Sequence[str] = ()) -> Photos:
@@ -61,7 +59,7 @@ def imagenet_photos(count: int | None = None, prefer: Sequence[str] = ()) -> Pho
     folder = data_root() / OWN_FOLDER
     own = _album(_own_photos(folder), count, prefer, Provenance(NAME, ""), skip=True)
     if own.images:
-        source = f"{len(own.images)} photographs from {OWN_FOLDER}/"
+        source = f"{len(own.images)} photograph{'s' * (len(own.images) > 1)} from {OWN_FOLDER}/"
         own = replace(own, provenance=with_notice(NAME, source, folder))
         print(own.provenance)
         return own
@@ -93,22 +91,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _own_photos(folder: Path) -> list[list[_Candidate]]:
     """Directly in `folder` without a class, directly in it with one, in its subfolders. Other files are named."""
-    groups, others = [[], [], []], []
+    unlabelled, labelled, deeper = [], [], []
     for path in sorted(folder.rglob("*")):
-        file = path.relative_to(folder).as_posix()
         if path.is_dir() or path.name.startswith(".") or path.name == "NOTICE.txt":
             continue
         if path.suffix.lower() not in SUFFIXES:
-            others.append(file)
+            print(f"{path} is left out: its name must end in {' '.join(SUFFIXES)}")
             continue
         label = re.fullmatch(r"(n\d{8})_(.+)", path.stem)
         wnid, name = (label[1], label[2].replace("_", " ")) if label else (None, None)
-        place = 2 if "/" in file else int(label is not None)
-        groups[place].append(_Candidate(partial(_open, path), name, wnid, file))
-    groups[2].sort(key=lambda candidate: candidate.wnid is None)
-    if others:
-        print(f"{OWN_FOLDER}/: {', '.join(others)} left out; names must end in {' '.join(SUFFIXES)}")
-    return groups
+        group = deeper if path.parent != folder else labelled if label else unlabelled
+        group.append(_Candidate(path, name, wnid))
+    deeper.sort(key=lambda candidate: candidate.wnid is None)
+    return [unlabelled, labelled, deeper]
 
 
 def _imagenette(folder: Path) -> list[_Candidate]:
@@ -119,17 +114,18 @@ def _imagenette(folder: Path) -> list[_Candidate]:
     candidates = _samples()[:1]  # the cat: Imagenette has none
     for wnid, (name, *_) in zip(dataset.wnids, dataset.classes, strict=True):
         for path in sorted((folder / "val" / wnid).glob("*.JPEG"))[:PER_CLASS]:
-            candidates.append(_Candidate(partial(_open, path), name, wnid, path.name))
+            candidates.append(_Candidate(path, name, wnid))
     return candidates
 
 
 def _samples() -> list[_Candidate]:
-    photos = stand_ins.PHOTOGRAPHS.items()
-    return [_Candidate(partial(stand_ins.photograph, file), name, wnid, file) for file, (name, wnid) in photos]
+    return [_Candidate(file, name, wnid) for file, (name, wnid) in stand_ins.PHOTOGRAPHS.items()]
 
 
-def _open(path: Path) -> Image.Image:
-    with reading(path), Image.open(path) as image:
+def _open(file: Path | str) -> Image.Image:
+    if isinstance(file, str):
+        return stand_ins.photograph(file)
+    with reading(file), Image.open(file) as image:
         photo = to_rgb(image)
         photo.thumbnail((LARGEST, LARGEST))
         return photo
@@ -146,13 +142,13 @@ def _album(
             if len(found) == count:
                 break
             try:
-                found.append((candidate.open(), candidate))
+                found.append((_open(candidate.file), candidate))
             except Exception as error:  # Pillow raises all kinds of things
                 if not skip:
                     raise
-                print(f"{OWN_FOLDER}/{candidate.file} is left out: {error.__cause__ or error}")
-    names, wnids, files = ([candidate[field] for _, candidate in found] for field in (1, 2, 3))
-    return Photos([image for image, _ in found], names, wnids, files, origin)
+                print(f"{candidate.file} is left out: {error.__cause__ or error}")
+    files, names, wnids = ([candidate[field] for _, candidate in found] for field in range(3))
+    return Photos([image for image, _ in found], names, wnids, [Path(file).name for file in files], origin)
 
 
 def _ordered(candidates: list[_Candidate], count: int, prefer: Sequence[str]) -> list[_Candidate]:
