@@ -105,14 +105,12 @@ def write_files(files: dict[str, bytes], root: Path) -> None:
 
 @dataclass
 class Official:
-    """`files` is the data set's tree below the data root; `damaged` the one that tests damage; `serve(content)`
-    puts another archive in the official source's place, under the checksum that is expected."""
+    """`files` is the data set's tree below the data root; `damaged` the one that tests damage."""
 
     load: Callable[[], object]
     folder: str
     files: dict[str, bytes]
     damaged: str
-    serve: Callable[[bytes], None] | None = None
 
     def write(self) -> Path:
         write_files(self.files, data_root())
@@ -144,18 +142,13 @@ def make_cifar10(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
         parts[name] = pickle.dumps({"data": pixels, "labels": rng.integers(10, size=4).tolist()})
     parts["batches.meta"] = pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})
     files = {f"cifar-10-batches-py/{name}": content for name, content in parts.items()}
-
-    def serve(content: bytes) -> None:
-        server.files["cifar.tar.gz"] = content
-        patch.setattr(CIFAR10, "tgz_md5", md5(content))
-
-    serve(packed(files, "gztar"))
+    archive = server.files["cifar.tar.gz"] = packed(files, "gztar")
     patch.setattr(CIFAR10, "url", server.url + "cifar.tar.gz")
-    patch.setattr(CIFAR10, "filename", "cifar.tar.gz")
+    patch.setattr(CIFAR10, "tgz_md5", md5(archive))
     patch.setattr(CIFAR10, "train_list", [[n, md5(c)] for n, c in parts.items() if n.startswith("data")])
     patch.setattr(CIFAR10, "test_list", [["test_batch", md5(parts["test_batch"])]])
     patch.setitem(CIFAR10.meta, "md5", md5(parts["batches.meta"]))
-    return Official(small_images.cifar10, "cifar-10-batches-py", files, "cifar-10-batches-py/data_batch_3", serve)
+    return Official(small_images.cifar10, "cifar-10-batches-py", files, "cifar-10-batches-py/data_batch_3")
 
 
 def make_mnist(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
@@ -180,10 +173,9 @@ def make_imagenette(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
         f"imagenette2-320/{part}/{wnid}/{wnid}_{i}.JPEG": jpeg(40, (20 * k, 100, 200))
         for part in ("train", "val") for k, wnid in enumerate(wnids) for i in range(2)
     }  # fmt: skip
-    url, content = server.url + "imagenette2-320.tgz", packed(files, "gztar")
-    server.files["imagenette2-320.tgz"] = content
-    patch.setattr(photos, "IMAGENETTE_URL", url)
-    patch.setattr(photos, "IMAGENETTE_MD5", md5(content))
+    archive = server.files["imagenette2-320.tgz"] = packed(files, "gztar")
+    patch.setattr(photos, "IMAGENETTE_URL", server.url + "imagenette2-320.tgz")
+    patch.setattr(photos, "IMAGENETTE_MD5", md5(archive))
     patch.setattr(photos, "IMAGENETTE_COUNT", 2 * len(wnids))
     damaged = f"imagenette2-320/val/{wnids[3]}/{wnids[3]}_1.JPEG"
     return Official(photos.imagenet_photos, "imagenette2-320", files, damaged)
@@ -201,16 +193,12 @@ def make_tiny_imagenet(server: FileServer, patch: pytest.MonkeyPatch) -> Officia
         files |= {f"train/{wnid}/images/{n}": jpeg(64, (200 * k, 50 * i, 100)) for i, n in enumerate(names)}
     files |= {f"val/images/val_{i}.JPEG": jpeg(64, (100 * i, 0, 30)) for i in range(2)}
     files = {f"tiny-imagenet-200/{n}": c.encode() if isinstance(c, str) else c for n, c in files.items()}
-
-    def serve(content: bytes) -> None:
-        server.files["tiny.zip"] = content
-        patch.setattr(tiny_imagenet, "MD5", md5(content))
-
-    serve(packed(files, "zip"))
+    archive = server.files["tiny.zip"] = packed(files, "zip")
     patch.setattr(tiny_imagenet, "URL", server.url + "tiny.zip")
+    patch.setattr(tiny_imagenet, "MD5", md5(archive))
     patch.setattr(tiny_imagenet, "VAL_COUNT", 2)
     damaged = f"tiny-imagenet-200/train/{WNIDS[1]}/images/{WNIDS[1]}_2.JPEG"
-    return Official(partial(tiny_imagenet.tiny_imagenet, "train"), "tiny-imagenet-200", files, damaged, serve)
+    return Official(partial(tiny_imagenet.tiny_imagenet, "train"), "tiny-imagenet-200", files, damaged)
 
 
 MAKERS = {"cifar10": make_cifar10, "mnist": make_mnist, "photos": make_imagenette, "tiny": make_tiny_imagenet}
