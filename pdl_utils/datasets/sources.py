@@ -21,7 +21,7 @@ from pdl_utils.settings import data_root, flag
 T = TypeVar("T")  # a data set or a network: something that has a `provenance`
 
 SILENCE = 10.0  # seconds without a byte after which a download has failed
-_no_answer: list[str] = []  # what was asked for in vain: a process that was offline does not wait again
+_no_answer: list[str] = []  # what could not be reached: a process that was offline does not wait again
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ def obtain(
     """A data set from the first source that has it. What lies under the data root is never changed or removed.
 
     `folder` is its folder, or only file, there; `read` checks and loads it; `download` runs the official loader in
-    an empty folder, where it leaves `folder`; `stand_in` makes what serves offline. DamagedFile and NoRealData say
-    what to do."""
+    an empty folder and leaves `folder` in it; `stand_in` makes what serves offline. Raises DamagedFile or NoRealData,
+    which say what to do.
+    """
     place, problem = data_root() / folder, None
     if not place.exists():
         problem = "PDL_OFFLINE is set" if flag("PDL_OFFLINE") else _fetch(place, read, download)
@@ -102,12 +103,14 @@ def obtain(
             data = read(place)
         except DamagedFile as damage:
             raise DamagedFile(f"{damage}. Replace it, or remove {place} to download all of it again.") from damage
-    elif (data := stand_in and stand_in()) is None or (flag("PDL_REQUIRE_REAL") and not data.provenance.real):
-        unset = ", or unset PDL_REQUIRE_REAL to accept a stand-in" if data else ""
-        raise NoRealData(
-            f"{name}: no real data, because {problem}. Connect to the network, with PDL_OFFLINE unset, or put the "
-            f"official files into {place}{unset}, and run this again."
-        )
+    else:
+        data = stand_in() if stand_in else None
+        if data is None or (flag("PDL_REQUIRE_REAL") and not data.provenance.real):
+            unset = ", or unset PDL_REQUIRE_REAL to accept a stand-in" if data else ""
+            raise NoRealData(
+                f"{name}: no real data, because {problem}. Connect to the network, with PDL_OFFLINE unset, or put "
+                f"the official files into {place}{unset}, and run this again."
+            )
     print(data.provenance, end=f", because {problem}\n" if problem else "\n")
     return data
 
