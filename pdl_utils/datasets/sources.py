@@ -92,8 +92,8 @@ def obtain(
     """A data set from the first source that has it. What lies under the data root is never changed or removed.
 
     `folder` is its folder, or only file, there; `read` checks and loads it; `download` runs the official loader in
-    an empty folder and leaves `folder` in it; `stand_in` makes what serves offline. Raises DamagedFile or NoRealData,
-    which say what to do.
+    an empty folder and leaves `folder` in it; `stand_in` makes what serves offline. DamagedFile and NoRealData are
+    raised with what to do.
     """
     place, problem = data_root() / folder, None
     if not place.exists():
