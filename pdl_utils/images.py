@@ -1,10 +1,9 @@
 """Images as whole batches on their own device: resize, augment, normalise, and what a network says about them.
 
 Images are uint8 (N, C, H, W) in 0..255, three channels or one (grey), of any height and width, until `normalize`;
-a network sees only what `normalize` gives. One affine resampling a batch replaces the usual call an image: cropping,
-resizing and flipping are a single `grid_sample`. Colour is affine as well: brightness, contrast, saturation, hue and
-greyness of an image are one 3×4 matrix.
-"""
+a network sees only what `normalize` gives. One affine resampling a batch replaces the usual call an image:
+cropping, resizing and flipping are a single `grid_sample`. Colour is affine as well: brightness, contrast,
+saturation, hue and greyness of an image are one 3×4 matrix."""
 
 from __future__ import annotations
 
@@ -17,24 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Size = int | tuple[int, int]  # the shorter side in pixels, which keeps the shape; or height and width
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RATIO = (3 / 4, 4 / 3)  # by how much a crop is wider than its image's shape, at least and at most
 
 
 def check_images(images: Tensor) -> None:
     """TypeError or ValueError where `images` are not uint8 (N, C, H, W); says what to do."""
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(
-            f"images must be a tensor of uint8 in 0..255, not {kind}; "
-            "floats in 0..1 become that by (255 * images).round().to(torch.uint8)"
-        )
+    kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+    if kind != torch.uint8:
+        remedy = "floats in 0..1 become that by (255 * images).round().to(torch.uint8)"
+        raise TypeError(f"images must be a tensor of uint8 in 0..255, not {kind}; {remedy}")
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(
-            f"images must be (N, 3, H, W), or (N, 1, H, W) for grey ones, not {tuple(images.shape)}; "
-            "one image: image[None]; channels last: images.permute(0, 3, 1, 2)"
-        )
+        remedy = "one image: image[None]; channels last: images.permute(0, 3, 1, 2)"
+        raise ValueError(f"images must be (N, 3, H, W), grey ones (N, 1, H, W), not {(*images.shape,)}; {remedy}")
 
 
 def normalize(
@@ -75,12 +69,9 @@ def crop_parameters(
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Draw crops for n images (Szegedy et al. 2014, arXiv:1409.4842, sec. 6): a share of the area from `scale`, a
-    ratio log-uniformly from `ratio`, and with `flip` every second one mirrored, at random.
-
-    Returns:
-        An affine map each, (n, 2, 3), from the crop to its place in the image; both have coordinates in [-1, 1]².
-        The generator is on the CPU: the same one gives the same crops on every device.
-    """
+    ratio log-uniformly from `ratio`, and with `flip` every second one mirrored, at random. Gives an affine map
+    each, (n, 2, 3), from the crop to its place in the image, both in [-1, 1]². `generator` is one of the CPU: it
+    gives the same crops on every device."""
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(n, generator=generator) * (high - low) + low
@@ -114,8 +105,9 @@ HUE_PLANE = torch.tensor([[2.0, -1.0, -1.0], [0.0, 3**0.5, -(3**0.5)]]) / 6**0.5
 def change_colors(
     images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, angle: Tensor
 ) -> Tensor:
-    """Brightness, then contrast and saturation, by factors (N,), then the hue, turned about the grey axis by `angle`
-    (N,) in radians. Each is an affine map of (red, green, blue): one matrix an image. Gives uint8 (N, 3, H, W)."""
+    """Brightness, then contrast and saturation, by factors (N,), then the hue, turned about the grey axis by
+    `angle` (N,) in radians. Each is an affine map of (red, green, blue): one matrix an image. Gives uint8 (N, 3,
+    H, W)."""
     brightness, contrast, saturation = (factor.view(-1, 1, 1) for factor in (brightness, contrast, saturation))
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(-1, 2, 2)
     hue = HUE_PLANE.T @ turn @ HUE_PLANE + 1 / 3  # turns the plane, keeps the grey axis
@@ -151,7 +143,8 @@ def color_jitter(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of whole batches; without arguments, none. Images keep their shape unless `size` has another."""
+    """Random changes of whole batches; without arguments, none. Images keep their shape unless `size` has
+    another."""
 
     flip: bool = False  # mirror every second image
     shift: int = 0  # move by up to so many pixels, the border repeated: the padded crop of CIFAR recipes
@@ -177,11 +170,12 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """Batches of augmented images in random order, (images, labels): normalised float32 (N, 3, h, w) and int64 (N,);
-    where there are no labels, two independent views of the same images. Calling it gives those of another epoch.
+    """Batches of augmented images in random order, (images, labels): normalised float32 (N, 3, h, w) and int64
+    (N,); where there are no labels, two independent views of the same images. Calling it gives those of another
+    epoch.
 
-    Everything random follows from `seed`, `epoch` and `part` alone, so a resumed run sees what an unbroken one does.
-    The last, incomplete batch is left out; ValueError where that leaves none."""
+    Everything random follows from `seed`, `epoch` and `part` alone, so a resumed run sees what an unbroken one
+    does. The last, incomplete batch is left out; ValueError where that leaves none."""
 
     images: Tensor  # uint8 (N, C, H, W), on the training device
     sizes: list[Size]  # that images are augmented to, one an epoch

@@ -63,7 +63,7 @@ def test_one_guard_names_what_are_no_images_and_the_remedy(takes_images):
         with pytest.raises(TypeError, match=r"uint8 in 0\.\.255, not .*\(255 \* images\)\.round"):
             takes_images(wrong)
     for wrong in (noise(4)[0], noise(4).permute(0, 2, 3, 1), noise(4).expand(2, -1, -1, -1, -1)):
-        with pytest.raises(ValueError, match=r"\(N, 3, H, W\), or .*one image: image\[None\]"):
+        with pytest.raises(ValueError, match=r"\(N, 3, H, W\), grey .*one image: image\[None\]"):
             takes_images(wrong)
     takes_images(noise(4))
     takes_images(noise(4, channels=1))

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 class LoRA(nn.Module):
     """A frozen layer with a low-rank update beside it: base(x) + s·B(A(x)) (eq. 3).
 
-    A is a layer like the frozen one, with its stride and padding, to `rank` numbers; B looks at one position only, and
-    is zero at first. s is alpha / rank (sec. 4.1), or alpha / √rank if `scaling` is "rs", which keeps updates of any
-    rank at one size (Kalajdzievski 2023, arXiv:2312.03732).
-    """
+    A is a layer like the frozen one, with its stride and padding, to `rank` numbers; B looks at one position
+    only, and is zero at first. s is alpha / rank (sec. 4.1), or alpha / √rank if `scaling` is "rs", which keeps
+    updates of any rank at one size (Kalajdzievski 2023, arXiv:2312.03732)."""
 
     def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, scaling: str = "standard") -> None:
         super().__init__()
@@ -55,8 +54,9 @@ def add_lora(
     model: nn.Module, rank: int, alpha: float, targets: str = "*", scaling: str = "standard"
 ) -> list[str]:
     """Freeze `model`, forget its gradients, and wrap in `LoRA`, in place, its linear layers and 2-d convolutions
-    (without groups) whose names fit the shell pattern `targets`. Until the updates have learned, the network computes
-    what it did. Left out is what lies in an attention module, which reads the weights of its parts by itself.
+    (without groups) whose names fit the shell pattern `targets`. Until the updates have learned, the network
+    computes what it did. Left out is what lies in an attention module, which reads the weights of its parts by
+    itself.
 
     Returns the names of the layers. ValueError, and nothing is changed: a bad argument, no layer that fits, or one
     that is used under two names or has a weight that is made anew in each pass (weight norm, pruning).

@@ -24,8 +24,8 @@ VIEW = Augmentation(flip=True, scale=(0.2, 1.0), jitter=0.5, gray=0.2)
 
 
 def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
-    """Normalised temperature-scaled cross-entropy (eq. 1): among all 2N − 1 other embeddings, find the other view of
-    the same image. z1, z2: (N, D), row by row of the same image. A scalar in float32 or wider."""
+    """Normalised temperature-scaled cross-entropy (eq. 1): among all 2N − 1 other embeddings, find the other view
+    of the same image. z1, z2: (N, D), row by row of the same image. A scalar in float32 or wider."""
     if z1.shape != z2.shape:
         raise ValueError(f"each image has two views, but the embeddings are {(*z1.shape,)} and {(*z2.shape,)}")
     row = torch.arange(2 * len(z1), device=z1.device)
@@ -92,8 +92,8 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 def knn_monitor(
     images: Tensor, labels: Tensor, bank: int, queries: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """An `evaluate` for `fit`: kNN accuracy of `model.encoder`, with the first images as the bank and the next ones
-    as queries. The labels measure the features; no loss sees them. ValueError: there are too few images."""
+    """An `evaluate` for `fit`: kNN accuracy of `model.encoder`, with the first images as the bank and the next
+    ones as queries. The labels measure the features; no loss sees them. ValueError: there are too few images."""
     if min(bank, queries) < 1 or len(images) < bank + queries:
         raise ValueError(
             f"a bank of {bank} and {queries} queries need as many images, not {len(images)}; ask for less"
@@ -124,7 +124,8 @@ class PretrainedEncoder(NamedTuple):
 
 
 def pretrained_encoder() -> PretrainedEncoder:
-    """The encoder that `python -m scripts.pretrain_simclr` made and that ships. CorruptCheckpoint: it is damaged."""
+    """The encoder that `python -m scripts.pretrain_simclr` made and that ships. CorruptCheckpoint: it is
+    damaged."""
     weights, facts = load_weights(CHECKPOINTS / FILE)
     network, _ = cifar_encoder(facts["width"], facts["stem_stride"])
     network.load_state_dict(weights)

@@ -4,9 +4,11 @@ and comparing what two ways reach on the same sets of labels."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pdl_utils.few_labels.lora import add_lora
-from pdl_utils.images import Augmentation, Batches, Size, height_and_width, outputs
-from pdl_utils.settings import has_bfloat16
+from pdl_utils.images import Augmentation, Batches, Size, accuracy, height_and_width, outputs
+from pdl_utils.resnet import cifar_resnet18
+from pdl_utils.settings import has_bfloat16, pick_device
 from pdl_utils.training import History, fit, sgd
 
 
@@ -33,6 +36,9 @@ class Recipe:
     batch_size: int = 50
     size: Size | None = None  # that images are resized to; None leaves them
     augment: Augmentation = field(default_factory=Augmentation)
+
+
+Way = Callable[[Tensor, Tensor, Recipe, int], nn.Module]  # images, labels, recipe, seed → a trained network
 
 
 def train_on(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed: int = 0) -> History:
@@ -68,6 +74,19 @@ def train_on(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, s
     )
 
 
+def from_scratch(classes: int) -> Way:
+    """Trains a narrow `cifar_resnet18` whose stem has stride 2 from random weights."""
+
+    def train(images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        network = cifar_resnet18(classes, width=16, stem_stride=2)
+        network.to(pick_device(), memory_format=torch.channels_last)
+        train_on(network, images, labels, recipe, seed)
+        return network
+
+    return train
+
+
 def without_head(network: nn.Module) -> nn.Module:
     """A copy of a ResNet that gives the features its last layer `fc` would look at, in eval mode. Every batch norm
     is folded into the convolution before it, as the fixed affine map that it is in eval mode: that is faster, and
@@ -83,8 +102,8 @@ def without_head(network: nn.Module) -> nn.Module:
 
 
 def linear_probe(features: Tensor, labels: Tensor, classes: int, C: float = 0.01) -> nn.Linear:
-    """A linear classifier on frozen features: scikit-learn's logistic regression on standardised features, with the
-    standardisation folded into its weights. Every class counts the same, however many examples it has.
+    """A linear classifier on frozen features: scikit-learn's logistic regression on standardised features, with
+    the standardisation folded into its weights. Every class counts the same, however many examples it has.
 
     Args:
         features: (N, D) of the labelled images.
@@ -135,22 +154,76 @@ def self_train(
     return probe
 
 
-def fine_tune(
-    encoder: nn.Module, images: Tensor, labels: Tensor, classes: int, recipe: Recipe, C: float, seed: int = 0,
-    rank: int | None = None,
-) -> nn.Module:  # fmt: skip
-    """A copy of `encoder` (see `without_head`), trained on a new task: first a linear probe with penalty `C` becomes
-    its last layer `fc`, then the weights are trained. A random last layer would spoil the features before it has
-    learned anything (Kumar et al. 2022, arXiv:2202.10054). With `rank`, LoRA updates of the convolutions in the
-    residual stages are trained, and `fc`, instead of all weights."""
-    tuned = copy.deepcopy(encoder)
-    tuned.fc = linear_probe(outputs(encoder, images, recipe.size), labels, classes, C)
-    if rank is not None:
-        torch.manual_seed(seed)  # of A
-        add_lora(tuned, rank, 1.0, "layer*", scaling="rs")
-    tuned.fc.requires_grad_(True)
-    train_on(tuned, images, labels, recipe, seed)
-    return tuned
+def fine_tune(encoder: nn.Module, classes: int, C: float, rank: int | None = None) -> Way:
+    """Trains a copy of `encoder` (see `without_head`) on a new task: first a linear probe with penalty `C`
+    becomes its last layer `fc`, then the weights are trained. A random last layer would spoil the features before
+    it has learned anything (Kumar et al. 2022, arXiv:2202.10054). With `rank`, LoRA updates of the convolutions
+    in the residual stages are trained, and `fc`, instead of all weights."""
+
+    def train(images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> nn.Module:
+        tuned = copy.deepcopy(encoder)
+        tuned.fc = linear_probe(outputs(encoder, images, recipe.size), labels, classes, C)
+        if rank is not None:
+            torch.manual_seed(seed)  # of A
+            add_lora(tuned, rank, 1.0, "layer*", scaling="rs")
+        tuned.fc.requires_grad_(True)
+        train_on(tuned, images, labels, recipe, seed)
+        return tuned
+
+    return train
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What all methods are tried on: sets of labelled images, rows of `images`, and others that judge them."""
+
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor  # int64 (N,)
+    judges: Mapping[str, tuple[Tensor, Tensor]]  # name → images and labels, such as "test" and "validation"
+    classes: int
+    keep: Callable[..., Any]  # keep(name, compute, *code, **settings) → what compute() gives, such as `Run.once`
+    data: str  # where the images come from: of what is kept
+
+    def features(
+        self, encoder: nn.Module, origin: str, count: int, size: Size | None = None, mirror: bool = False
+    ) -> dict[str, Tensor]:
+        """{"pool": (count, D) of the first images, judge: (M, D), …}; `origin` names the encoder."""
+        parts = {"pool": self.images[:count]} | {name: judge[0] for name, judge in self.judges.items()}
+
+        def compute() -> dict[str, Tensor]:
+            turned = {name: part.flip(3) if mirror else part for name, part in parts.items()}
+            return {name: outputs(encoder, part, size).cpu() for name, part in turned.items()}
+
+        settings = {"origin": origin, "size": size, "mirror": mirror, "data": self.data}
+        return self.keep("features", compute, outputs, counts=[len(part) for part in parts.values()], **settings)
+
+    def probe(self, features: Mapping[str, Tensor], C: float, sets: Tensor, judge: str = "test") -> list[float]:
+        """The accuracy of a `linear_probe` for each set, rows (S, n) of the pool."""
+        probes = [linear_probe(features["pool"][rows], self.labels[rows], self.classes, C) for rows in sets]
+        return [share_right(probe(features[judge]), self.judges[judge][1]) for probe in probes]
+
+    def train(
+        self, name: str, way: Way, recipe: Recipe, sets: Tensor, judge: str = "test", **facts: Any
+    ) -> list[float]:
+        """The accuracy for each set of the network that `way(images, labels, recipe, seed)` trains, kept one by
+        one. `facts`: what else decides the result, JSON values."""
+
+        def score(seed: int, rows: Tensor) -> float:
+            return accuracy(
+                way(self.images[rows], self.labels[rows], recipe, seed), *self.judges[judge], recipe.size
+            )
+
+        scores = []
+        for seed, rows in enumerate(sets):
+            settings = facts | {"recipe": str(recipe), "rows": [int(rows[0]), len(rows)], "data": self.data}
+            settings |= {"seed": seed, "judge": judge, "judges": len(self.judges[judge][0])}
+            scores.append(self.keep(name, partial(score, seed, rows), way, **settings))
+        return scores
+
+
+def share_right(logits: Tensor, labels: Tensor) -> float:
+    """Share of the rows (N, classes) whose largest entry is that of their label (N,)."""
+    return (logits.argmax(1).cpu() == labels.cpu()).float().mean().item()
 
 
 @dataclass(frozen=True)

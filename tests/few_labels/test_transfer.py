@@ -122,10 +122,11 @@ def test_fine_tuning_starts_from_the_probe_and_leaves_the_encoder_alone(rank):
     images, labels = pictures()
     encoder = without_head(small_resnet())
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    still = fine_tune(encoder, images, labels, 3, Recipe(1, 0.0, 0.0, batch_size=8), C=1.0, rank=rank)
+    way = fine_tune(encoder, 3, C=1.0, rank=rank)
+    still = way(images, labels, Recipe(1, 0.0, 0.0, batch_size=8), 0)
     probe = linear_probe(outputs(encoder, images), labels, 3, C=1.0)
     torch.testing.assert_close(outputs(still, images), probe(outputs(encoder, images)), rtol=1e-4, atol=1e-4)
-    tuned = fine_tune(encoder, images, labels, 3, Recipe(4, 1e-2, 0.0, batch_size=8), C=1.0, rank=rank)
+    tuned = way(images, labels, Recipe(4, 1e-2, 0.0, batch_size=8), 0)
     assert not torch.allclose(outputs(tuned, images), outputs(still, images), atol=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     adapted = {name for name, module in tuned.named_modules() if isinstance(module, LoRA)}
