@@ -30,12 +30,11 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from pdl_utils import resnet
+from pdl_utils import notebook, resnet
 from pdl_utils.datasets import DamagedFile, cifar10, ppi
-from pdl_utils.grad_cam.hooks import evaluating, record_activations
 from pdl_utils.notebook import Run
 from pdl_utils.settings import data_root, save_atomically
-from pdl_utils.training import History, NonFiniteLoss, UnusableState, fit, warmup_cosine
+from pdl_utils.training import History, UnusableState, fit
 from pdl_utils.weights import save_weights
 
 POSIX = os.name == "posix"
@@ -44,24 +43,20 @@ FORK = multiprocessing.get_context("fork") if POSIX else None  # a child has the
 KILLS = 20
 
 
-def train(epochs: int, file: Path | None = None, nonsense: float = 1.0) -> tuple[nn.Module, History]:
-    """A small training, three batches an epoch; the loss of its eighth batch is multiplied by `nonsense`."""
+def train(epochs: int, file: Path | None = None) -> tuple[nn.Module, History]:
+    """A small training, three batches an epoch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
     x = torch.randn(60, 4)
 
-    def batches(epoch: int) -> list[tuple[torch.Tensor, float]]:
-        order = torch.randperm(60, generator=torch.Generator().manual_seed(epoch))
-        return [(x[rows], nonsense if (epoch, i) == (2, 1) else 1.0) for i, rows in enumerate(order.split(20))]
+    def batches(epoch: int) -> tuple[torch.Tensor, ...]:
+        return x[torch.randperm(60, generator=torch.Generator().manual_seed(epoch))].split(20)
 
-    def loss(model: nn.Module, batch: tuple[torch.Tensor, float]) -> torch.Tensor:
-        return batch[1] * F.cross_entropy(model(batch[0]), batch[0][:, :3].argmax(1))
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(batch), batch[:, :3].argmax(1))
 
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
-    scheduler = warmup_cosine(optimizer, steps=3 * epochs, warmup=3)
-    return model, fit(
-        model, batches, loss, optimizer, epochs=epochs, scheduler=scheduler, file=file, label=None
-    )  # fmt: skip
+    return model, fit(model, batches, loss, optimizer, epochs=epochs, file=file, label=None)
 
 
 def start(work: Callable[[], object]) -> multiprocessing.Process:
@@ -160,29 +155,22 @@ def test_killed_while_saving_the_old_file_stays(tmp_path, written):
 # No space left
 
 
-def save_figure(folder: Path, version: int) -> None:
+def save_figure(file: Path, version: int) -> None:
     figure, axis = plt.subplots()
     axis.plot([0, version])
     run = Run("1_grad_cam", "full")
-    run.show(figure, "line", "a line")
+    run.show(figure, file.stem, "a line")
     if "figures" in run.rows:  # the notebook goes on, and says so
         raise OSError(run.rows["figures"])
 
 
-def save_training(folder: Path, version: int) -> None:
-    """The training of version 2 goes on from version 1, which ended a while before."""
-    if version == 1:
-        with pytest.raises(NonFiniteLoss):
-            train(4, folder / "state.pt", nonsense=math.nan)
-    else:
-        train(4, folder / "state.pt")
+def weights(version: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((50, 50), float(version))}
 
 
-SAVED = {  # file → how a version of it, 1 or 2, is saved into a folder, which is also that of figures
-    "state.pt": save_training,
-    "net.safetensors": lambda folder, version: save_weights(
-        folder / "net.safetensors", {"w": torch.full((50, 50), float(version))}, {"version": version}
-    ),
+SAVED = {  # file → how a version of it, 1 or 2, is saved; its folder is also that of figures
+    "state.pt": lambda file, version: save_atomically(partial(torch.save, weights(version)), file),
+    "net.safetensors": lambda file, version: save_weights(file, weights(version), {"version": version}),
     "line.png": save_figure,
 }
 
@@ -194,66 +182,22 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half(name, share, tmp_path
     import resource  # POSIX only
 
     monkeypatch.setenv("PDL_FIGURES", str(tmp_path))
-    SAVED[name](tmp_path, 1)
+    monkeypatch.setattr(notebook, "display", lambda *_, **__: None)  # pytest writes what is shown to a file, too
+    SAVED[name](tmp_path / name, 1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before[name])), hard))
     try:
         with pytest.raises((OSError, SafetensorError)) as caught:
-            SAVED[name](tmp_path, 2)
+            SAVED[name](tmp_path / name, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     if name != "net.safetensors":  # torch itself names neither the file nor the cause
         assert f"{name} cannot be written; is the disk full" in str(caught.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    SAVED[name](tmp_path, 2)  # there is space again
+    SAVED[name](tmp_path / name, 2)  # there is space again
     assert (tmp_path / name).read_bytes() != before[name]
     assert {path.name for path in tmp_path.iterdir()} == set(before)
-
-
-# Nonsense in training, damage, hooks
-
-
-@pytest.mark.parametrize("nonsense", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_leaves_the_last_whole_epoch_to_go_on_from(nonsense, tmp_path):
-    file = tmp_path / "state.pt"
-    with pytest.raises(NonFiniteLoss, match="epoch 3, batch 2"):
-        train(5, file, nonsense)
-    state = torch.load(file, weights_only=True)
-    assert len(state["history"]) == 2
-    assert all(value.isfinite().all() for value in state["model"].values())
-    resumed, unbroken = train(5, file)[0], train(5)[0]
-    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), unbroken.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"\0" * len(c)])
-def test_a_damaged_state_is_not_taken_for_a_fresh_start(damage, tmp_path):
-    file = tmp_path / "state.pt"
-    train(2, file)
-    file.write_bytes(damage(file.read_bytes()))
-    before = file.read_bytes()
-    with pytest.raises(UnusableState, match=r"state\.pt is damaged .*; remove it to start over"):
-        train(2, file)
-    assert file.read_bytes() == before
-
-
-def test_an_exception_in_the_callers_code_leaves_no_hook_no_mode_and_no_gradient_setting():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).train()
-    model[0].eval()
-
-    def err() -> None:
-        with record_activations(model, "0"), evaluating(model):
-            assert not model.training
-            assert torch.is_grad_enabled()
-            raise ZeroDivisionError
-
-    with torch.no_grad():
-        with pytest.raises(ZeroDivisionError):
-            err()
-        assert not torch.is_grad_enabled()
-    assert not model[0]._forward_hooks
-    assert [module.training for module in model.modules()] == [True, False, True]
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 # Pickles that run code

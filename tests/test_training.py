@@ -150,12 +150,20 @@ def test_a_file_of_other_settings_is_refused_with_the_difference(other, differen
     assert file.read_bytes() == before
 
 
-OTHERS = {
-    "another model": lambda state: {**state, "model": {"weight": torch.zeros(2)}},
-    "another optimizer": lambda state: {**state, "optimizer": {"state": {}, "param_groups": []}},
-    "no scheduler": lambda state: {name: part for name, part in state.items() if name != "scheduler"},
-    "weights alone": lambda state: state["model"],
-    "a tensor": lambda state: torch.zeros(3),
+def changed(change):
+    """A function that saves a state with `change` made to what it holds."""
+    return lambda file: torch.save(change(torch.load(file, weights_only=True)), file)
+
+
+OTHERS = {  # how a file is made unusable
+    "another model": changed(lambda state: {**state, "model": {"weight": torch.zeros(2)}}),
+    "another optimizer": changed(lambda state: {**state, "optimizer": {"state": {}, "param_groups": []}}),
+    "no scheduler": changed(lambda state: {name: part for name, part in state.items() if name != "scheduler"}),
+    "weights alone": changed(lambda state: state["model"]),
+    "a tensor": changed(lambda state: torch.zeros(3)),
+    "half a file": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "an empty file": lambda file: file.write_bytes(b""),
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
 }
 
 
@@ -163,7 +171,7 @@ OTHERS = {
 def test_a_state_of_something_else_is_named_and_kept(other, tmp_path):
     file = tmp_path / "state.pt"
     train(2, file)
-    torch.save(OTHERS[other](torch.load(file, weights_only=True)), file)
+    OTHERS[other](file)
     before = file.read_bytes()
     with pytest.raises(UnusableState, match=r"state\.pt is (of another model|damaged or no training)"):
         train(2, file)
