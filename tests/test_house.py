@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from decimal import ROUND_HALF_UP, Decimal
-from html.parser import HTMLParser
 
 import nbformat
 import pytest
@@ -240,33 +239,16 @@ def test_the_runner_writes_copies_and_html_and_fails_when_a_cell_or_a_page_does(
     assert executed.cells[0].metadata == {"tags": ["parameters"]}
 
 
-class Elements(HTMLParser):
-    """The images and addresses of a page."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.alts, self.addresses = [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        if tag == "img":
-            self.alts.append(found.get("alt", ""))
-        for name in ("src", "href"):
-            if tag != "a" or name != "href":
-                self.addresses.append(found.get(name) or "")
-
-
 def test_the_pages_need_no_network_and_have_a_text_for_every_figure(tmp_path):
     files = ["README.md", *(str(path) for path in NOTEBOOKS), "docs/reliability.md"]
     command = [sys.executable, "scripts/pages.py", tmp_path, *files]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     for path in [*NOTEBOOKS, REPOSITORY / "index"]:
         html = (tmp_path / f"{path.stem}.html").read_text(encoding="utf-8")
-        page = Elements(html)
-        assert len(page.alts) >= 3
-        assert all(text and "No description" not in text for text in page.alts)
-        assert [a for a in page.addresses if a and not a.startswith("data:")] == []
+        images = re.findall(r"<img [^>]*>", html)
+        assert len(images) >= 3
+        assert all(re.search(r'alt="[^"]{10}', image) and "No description" not in image for image in images)
+        assert re.findall(r'<(?!a\b)[^>]* (?:src|href)="(?!data:)[^"]+"', html) == []  # nothing is fetched
         assert "$$" not in html
         assert 'href="index.html"' in html
         assert path.stem == "index" or "<math" in html
