@@ -272,3 +272,16 @@ def test_nbval_goes_red_when_it_should(tmp_path, change, expected):
     options = re.search(r"^NBVAL := (.*)$", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     command = [sys.executable, "-m", "pytest", *options[1].split(), "-p", "no:cacheprovider", "copy.ipynb"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120).returncode == expected
+
+
+def test_chosen_cells_run_with_changes_that_must_be_found(tmp_path, monkeypatch, request):
+    nbformat.write(
+        tiny_notebook("run = Run('tiny', PROFILE)", "x = 1\n%magic", "y = x", "1 / 0"), tmp_path / "1.ipynb"
+    )
+    monkeypatch.setenv("PDL_NOTEBOOKS", str(tmp_path))
+    cells = request.getfixturevalue("notebook_cells")("1")
+    change = {"run = Run('tiny', PROFILE)": "z = 5 # Run("}
+    assert cells.run("x = 1", "y = x", change=change | {"x = 1": "x = z"})["y"] == 5
+    for texts, more in (["nowhere"], {}), (["y = x"], {"x = 1": "x = 2"}):
+        with pytest.raises(LookupError, match="no cell that runs holds"):
+            cells.run(*texts, change=change | more)
