@@ -152,7 +152,8 @@ class Run:
 
         Args:
             results: name → a number, or several (mean ± standard deviation, and how many); or a tuple of this and
-                the data and networks that it comes from. ValueError: a number is missing, NaN or infinite.
+                the data and networks that it comes from (none: no stand-in is named). ValueError: a number is
+                missing, NaN or infinite.
         """
         published = json.loads((REPOSITORY / "figures" / "published.json").read_text(encoding="utf-8"))
         rows = []
@@ -162,7 +163,8 @@ class Run:
             for entry in published:
                 if entry["notebook"] == self.notebook and name in entry["rows"]:
                     theirs[entry["column"]] = entry["figure"]
-            rows.append([name, in_words(name, values) + self.stand_ins(sources or None), *theirs.values()])
+            told = self.stand_ins(sources if isinstance(result, tuple) else None)
+            rows.append([name, in_words(name, values) + told, *theirs.values()])
         display(markdown_table(["result", "this run", "paper", "best public"], rows))
         seconds = time.perf_counter() - self.started
         self.note("wall time", f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes")
