@@ -216,18 +216,6 @@ def official(request, make_official) -> Official:
     return make_official(request.param)
 
 
-@pytest.fixture
-def contents() -> Callable[[object], dict[str, object]]:
-    """A function that gives what a data set holds, so that two can be compared with ==."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return value.tobytes() if isinstance(value, Image.Image) else getattr(value, "tolist", lambda: value)()
-
-    return lambda data: {name: plain(value) for name, value in vars(data).items()}
-
-
 # Chosen cells of a notebook, with changes
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,12 @@ def tree(root: Path) -> dict[str, tuple[int, int]]:
     return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*")}
 
 
+def contents(data: object) -> dict[str, list[bytes]]:
+    """What a data set holds, so that two can be compared with ==."""
+    whole = {name: value for name, value in vars(data).items() if name != "provenance"}
+    return {name: [np.asarray(item).tobytes() for item in value] for name, value in whole.items()}
+
+
 def test_whole_local_files_are_read_without_network_and_without_writing(official, file_server, capsys):
     root = official.write()
     before = tree(root)
@@ -44,9 +51,7 @@ def test_whole_local_files_are_read_without_network_and_without_writing(official
     assert str(official.load().provenance).endswith("; three labels are unknown")
 
 
-def test_a_download_equals_local_files_and_leaves_nothing_behind(
-    official, contents, file_server, tmp_path, monkeypatch
-):
+def test_a_download_equals_local_files_and_leaves_nothing_behind(official, file_server, tmp_path, monkeypatch):
     downloaded = official.load()
     assert {path.name for path in data_root().iterdir()} == {official.folder, f".{official.folder}.lock"}
     asked = file_server.requests
@@ -99,10 +104,11 @@ def test_a_failed_download_is_said_and_leaves_nothing(fault, name, make_official
         official.load()
     assert f"put the official files into {data_root() / official.folder}" in str(caught.value)
     assert ("unset PDL_REQUIRE_REAL" in str(caught.value)) == (name == "cifar10")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert socket.getdefaulttimeout() is None
     assert {path.name for path in data_root().parent.rglob("*")} <= {"data", f".{official.folder}.lock"}
     if fault in ("cut", "stalled", "not found"):
+        monkeypatch.setattr(sources, "SILENCE", 30)
         file_server.truncated, file_server.files = False, files
         file_server.stalled.clear()
         assert official.load().provenance.real
@@ -218,7 +224,7 @@ def start(work: Callable[[], object]) -> multiprocessing.Process:
 
 
 @posix
-def test_three_processes_fetch_into_one_root_once(make_official, contents, file_server, tmp_path):
+def test_three_processes_fetch_into_one_root_once(make_official, file_server, tmp_path):
     official = make_official("cifar10")
     files = [tmp_path / f"found {i}" for i in range(3)]
     children = [start(lambda file=file: file.write_text(repr(contents(official.load())))) for file in files]
