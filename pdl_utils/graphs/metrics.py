@@ -12,7 +12,10 @@ import torch
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torch_geometric.data import Data
 from torch_geometric.utils import add_remaining_self_loops, degree, scatter
+
+from pdl_utils.graphs.layers import GraphNet
 
 # --- How right is a prediction? ---
 
@@ -120,13 +123,17 @@ def attention_gain(edge_index: Tensor, alpha: Tensor, value: Tensor, shuffles: i
     return torch.stack(gains)
 
 
-def edge_auc(edge_index: Tensor, weight: Tensor, wanted: Tensor, targets: Tensor | None = None) -> float:
-    """ROC-AUC of ranking edges by `weight` (E,) where `wanted` (E,) are the right ones: 1 is perfect, 0.5 chance.
-    Self-loops are left out, and with `targets`, bool (N,), edges into other nodes."""
-    counted = edge_index[0] != edge_index[1]
-    if targets is not None:
-        counted = counted & targets[edge_index[1]]
-    return float(roc_auc_score(wanted[counted].cpu(), weight[counted].cpu()))
+def compartment_auc(net: GraphNet, graph: Data) -> list[list[float]]:
+    """How well each head of a network ranks the functional edges of a synthetic graph above the others, by its
+    attention: the ROC-AUC (1 is perfect, 0.5 chance) among targets in one compartment, and in the other. Self-
+    loops are left out; attention is multiplied by the number of edges into the target, so that 1 is uniform."""
+    with torch.no_grad():
+        _, (edge_index, alphas) = net(graph.x, graph.edge_index, return_attention_weights=True)
+    source, target = edge_index
+    weight = torch.cat(alphas, dim=1).T * degree(target)[target]  # (heads of all layers, E)
+    functional, here = graph.complex[source] == graph.complex[target], graph.x[target, 0] > 0
+    sides = [side & (source != target) for side in (here, ~here)]
+    return [[float(roc_auc_score(functional[s].cpu(), head[s].cpu())) for s in sides] for head in weight]
 
 
 # --- How far have features smoothed? ---

@@ -19,8 +19,8 @@ LIKENESS = "cividis"  # how alike two nodes are, 0..1
 
 
 def small_graph(
-    axis: Axes, edge_index: Tensor, place: Mapping[int, tuple[float, float]], *, weight: Tensor | None = None,
-    into: int = 0,
+    axis: Axes, edge_index: Tensor, place: Mapping[int, tuple[float, float]], *, title: str,
+    weight: Tensor | None = None, into: int = 0,
 ) -> None:  # fmt: skip
     """A graph of a few nodes, named by their numbers and drawn at their places. With `weight` (E,) in 0..1 the
     edges into one node are arrows as wide as their weight, and its edge to itself a circle of that width."""
@@ -38,7 +38,7 @@ def small_graph(
     for node, (x, y) in place.items():
         axis.scatter(x, y, s=330, color="white", edgecolors="black", zorder=3)
         axis.text(x, y, str(node), ha="center", va="center", zorder=4)
-    axis.set(aspect="equal")
+    axis.set(aspect="equal", title=title)
     axis.margins(0.18)
     axis.set_axis_off()
 
@@ -109,17 +109,13 @@ def draw_complexes(axis: Axes, graph: Data, pairs: int = 2) -> None:
     for node, spot in place.items():
         color = COLORS[2] if graph.x[node, 0] > 0 else COLORS[5]
         axis.scatter(*spot, s=26, color=color, edgecolors="white", zorder=2)
-    axis.set(aspect="equal")
+    axis.set(aspect="equal", title="complexes and their decoys")
     axis.set_axis_off()
 
 
-def seed_points(
-    axis: Axes, values: Mapping[str, Sequence[float]], *, xlabel: str, title: str,
-    references: Mapping[str, float] | None = None, papers: Mapping[str, float] | None = None,
-) -> None:  # fmt: skip
+def seed_points(axis: Axes, values: Mapping[str, Sequence[float]], *, xlabel: str, title: str) -> None:
     """One row a name, first on top: a small mark for every seed, a large one for their mean, and a line of one
-    sample standard deviation to both sides; `references` are vertical lines with a name, `papers` what a paper
-    reports for a row."""
+    sample standard deviation to both sides."""
     for row, seeds in enumerate(values.values()):
         mean, spread = float(np.mean(seeds)), float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0
         axis.plot([mean - spread, mean + spread], [row, row], color="black", linewidth=1.5, zorder=2)
@@ -128,16 +124,9 @@ def seed_points(
         text = f"{mean:.3f}" + (f" ± {spread:.3f}" if len(seeds) > 1 else "")
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
         axis.annotate(text, (mean, row), (0, 6), textcoords="offset points", ha="center", bbox=box)
-    for name, value in (references or {}).items():
-        axis.axvline(value, color="black", linestyle=STYLES[1], linewidth=1, label=name)
-    if papers:
-        look = {"marker": "D", "s": 34, "facecolors": "none", "edgecolors": COLORS[5], "label": "as papers report"}
-        axis.scatter(list(papers.values()), [list(values).index(name) for name in papers], **look)
     axis.set_yticks(range(len(values)), list(values))
-    axis.margins(x=0.2)  # room for the numbers
+    axis.margins(x=0.25)  # room for the numbers
     axis.set(xlabel=xlabel, title=title, ylim=(len(values) - 0.5, -0.8))
-    if references or papers:
-        axis.legend(loc="lower right")
 
 
 def head_points(
@@ -164,12 +153,13 @@ def attention_matrix(axis: Axes, matrix: Tensor, *, title: str) -> None:
     axis.grid(visible=False)
 
 
-def two_sides(axis: Axes, scores: Mapping[str, np.ndarray], *, xlabel: str, ylabel: str, title: str) -> None:
-    """One mark a head: its score on one kind of targets against its score on the other, both in 0..1; on the
-    falling diagonal a gain here is a loss there. `scores`: network → (heads, 2)."""
+def two_sides(axis: Axes, scores: Mapping[str, Sequence[Sequence[float]]], *, title: str) -> None:
+    """One mark a head: its ROC-AUC for targets in one compartment against that in the other; on the falling
+    diagonal a gain here is a loss there. `scores`: network → (heads, 2)."""
     for index, (name, each) in enumerate(scores.items()):
         label = f"{name}, {len(each)} heads"
         axis.scatter(*np.asarray(each).T, color=COLORS[index], marker=MARKERS[index], s=26, alpha=0.8, label=label)
     axis.plot([0, 1], [1, 0], color="black", linestyle=STYLES[1], linewidth=1, label="one gains, one loses")
-    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel=xlabel, ylabel=ylabel, title=title)
+    labels = {"xlabel": "ROC-AUC, targets in one compartment", "ylabel": "ROC-AUC, in the other"}
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), title=title, **labels)
     axis.legend()

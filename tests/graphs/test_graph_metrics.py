@@ -11,6 +11,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 from torch_geometric.utils import add_remaining_self_loops, sort_edge_index
 
+from pdl_utils.datasets.synthetic_graphs import SMALL, ppi_stand_in
 from pdl_utils.graphs import metrics
 
 
@@ -116,14 +117,22 @@ def test_attention_gain_by_hand_and_under_shuffling():
     assert metrics.attention_gain(edges, torch.ones(7, 1), value, shuffles=3).abs().max() < 1e-6
 
 
-def test_edge_auc_leaves_self_loops_and_other_targets_out():
-    edges = edges_of([(0, 1), (2, 1), (0, 2), (1, 2)], 3)
-    assert edges.tolist() == [[0, 0, 1, 2, 0, 1, 2], [0, 1, 1, 1, 2, 2, 2]]
-    wanted = torch.tensor([False, True, False, False, True, False, False])
-    weight = torch.tensor([9.0, 0.8, 9.0, 0.1, 0.2, 0.9, 9.0])
-    assert metrics.edge_auc(edges, weight, wanted) == 0.5
-    assert metrics.edge_auc(edges, weight, wanted, torch.tensor([False, True, False])) == 1
-    assert metrics.edge_auc(edges, weight, wanted, torch.tensor([False, False, True])) == 0
+class Told(torch.nn.Module):
+    """Attends by the number of a node's complex: to its own in compartment 0, to others in compartment 1."""
+
+    def forward(self, x: Tensor, edge_index: Tensor, return_attention_weights: bool) -> tuple:
+        edges, _ = add_remaining_self_loops(edge_index, num_nodes=len(x))
+        own, here = x[edges[0], 1] == x[edges[1], 1], x[edges[1], 0] > 0
+        alpha = torch.stack([own.float(), (own == here).float(), torch.ones(len(own))], dim=1)
+        return x, (edges, [alpha[:, :2], alpha[:, 2:]])
+
+
+def test_compartment_auc_counts_each_side_by_itself():
+    graph = ppi_stand_in(SMALL)["test"][0]
+    graph.x[:, 1] = graph.complex.float()
+    found = metrics.compartment_auc(Told(), graph)
+    assert found[:2] == [[1, 1], [1, 0]]
+    assert found[2][0] < 0.6  # uniform attention: the degree alone
 
 
 def test_dirichlet_energy():
