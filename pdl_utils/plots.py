@@ -83,12 +83,13 @@ def image_grid(
     cell: float = 1.9,
 ) -> Figure:
     """Pictures (H, W, 3) or (H, W) in rows of `columns`, each under its own title: six a row can be read. `cell`:
-    the side of a picture in inches; less where a row would be too wide. Titles are broken into lines that fit."""
+    their width in inches; less where a row would be too wide. Titles are broken into lines that fit."""
     rows, cell = -(-len(images) // columns), min(cell, (WIDEST - 0.3) / columns)
     titles = [in_lines(text, cell) for text in titles]
     longest = max((text.count("\n") + 1 for text in titles), default=0)
+    high = cell * max(picture.shape[0] / picture.shape[1] for picture in images) + 0.17 * longest
     figure, axes = plt.subplots(
-        rows, columns, figsize=(cell * columns + 0.3 * bool(row_labels), (cell + 0.17 * longest) * rows + 0.4),
+        rows, columns, figsize=(cell * columns + 0.3 * bool(row_labels), high * rows + 0.4),
         squeeze=False,
     )  # fmt: skip
     for axis in axes.flat:
@@ -154,6 +155,7 @@ def comparison(
         axis.axvline(value, color="black", linestyle=STYLES[1 + i % 3], linewidth=1, label=name)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
+    axis.margins(x=0.25)  # for the numbers beside the bars, which start at 0
     axis.grid(visible=False, axis="y")
     axis.set(xlabel=xlabel, title=title)
     if references:  # above the axes, where no bar is

@@ -58,10 +58,20 @@ class PretrainedNetwork:
         """uint8 (N, 3, H, W) → the standardised float batch that `model` takes, on its device."""
         return normalize(crops.to(next(self.model.parameters()).device), self.mean, self.std)
 
+    @torch.no_grad()
+    def logits(self, crops: Tensor, batch: int = 32) -> Tensor:
+        """uint8 (N, 3, H, W) → scores (N, number of categories), on the CPU."""
+        return torch.cat([self.model(self.preprocess(some)).cpu() for some in crops.split(batch)])
+
     def class_of(self, name: str | None) -> int | None:
         """The class of this name, which may be 0; None where the network has none, or several ("crane"). Of
         synonyms, "goldfish, Carassius auratus", the first counts."""
         return find_class(name.split(",")[0], self.categories) if name else None
+
+    def classes_of(self, names: Sequence[str | None]) -> Tensor:
+        """`class_of` each, int64 (N,), with -1 for None."""
+        found = {name: self.class_of(name) for name in set(names)}
+        return torch.tensor([-1 if found[name] is None else found[name] for name in names])
 
 
 def find_class(name: str, categories: Sequence[str]) -> int | None:

@@ -230,6 +230,8 @@ def test_names_become_classes_and_class_0_is_one(name):
     categories = ["goldfish", "crane", "crane", "Cardigan", "cardigan"]
     network = PretrainedNetwork(nn.Identity(), categories, 8, 8, ORIGIN)
     assert network.class_of(name) == NAMES.get(name)
+    assert network.classes_of([name, "goldfish", name]).tolist() == [c if c is not None else -1 for c in (
+        NAMES.get(name), 0, NAMES.get(name))]  # fmt: skip
 
 
 def test_networks_and_preprocessing_stay_on_a_fake_gpu():

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from pdl_utils.grad_cam.checks import Classes, choose_classes, class_scores, feature_maps, finite, float_batch
 from pdl_utils.grad_cam.hooks import evaluating, record_activations
+from pdl_utils.resnet import PretrainedNetwork
 
 
 @dataclass
@@ -87,6 +88,24 @@ def grad_cam(
     return ClassMaps(maps, classes, logits.detach(), size, signed)
 
 
+def explain_photos(
+    network: PretrainedNetwork,
+    photos: Tensor,
+    layers: str | Sequence[str],
+    classes: Tensor,
+    *,
+    signed: bool = False,
+    batch: int = 32,
+) -> ClassMaps:
+    """`grad_cam` of any number of uint8 (N, 3, H, W), `batch` at a time; what it gives is on the CPU."""
+    kept = []
+    for some, asked in zip(photos.split(batch), classes.split(batch), strict=True):
+        kept.append(grad_cam(network.model, network.preprocess(some), layers, asked, signed=signed))
+    maps = {name: torch.cat([part.maps[name] for part in kept]).cpu() for name in kept[0].maps}
+    chosen, logits = torch.cat([part.classes for part in kept]), torch.cat([part.logits for part in kept])
+    return ClassMaps(maps, chosen.cpu(), logits.cpu(), tuple(photos.shape[-2:]), signed)
+
+
 def class_gradients(logits: Tensor, classes: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of the scores of `classes`, (N, K), with respect to `inputs`, name → (N, …): name → (N, K, …).
     ValueError: no gradient reaches one of them."""
@@ -105,7 +124,7 @@ def class_gradients(logits: Tensor, classes: Tensor, inputs: Mapping[str, Tensor
 
 class GuidedReLU(TorchFunctionMode):
     """While active, gradients flow back through a ReLU, module or function, only where they are positive
-    (Springenberg et al. 2014, sec. 3.4). `relus` counts them; `others` names other activations that were met."""
+    (Springenberg et al. 2014). `relus` counts them; `others` names other activations that were met."""
 
     RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
     OTHERS = (
@@ -144,7 +163,7 @@ def guided_backprop(model: nn.Module, images: Tensor, classes: Classes = None, *
 def guided_grad_cam(
     model: nn.Module, images: Tensor, layer: str, classes: Classes = None, *, top_k: int = 1
 ) -> Tensor:
-    """Guided backpropagation times the Grad-CAM map at image size (sec. 3.3): sharp and class-specific,
+    """Guided backpropagation times the Grad-CAM map at image size: sharp and class-specific,
     (N, K, C, H, W)."""
     cam = grad_cam(model, images, layer, classes, top_k=top_k)
     return guided_backprop(model, images, cam.classes) * enlarge(cam.maps[layer], cam.size).unsqueeze(2)

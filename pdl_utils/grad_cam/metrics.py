@@ -8,7 +8,7 @@ arXiv:1910.01279). Pixels: Petsiuk et al. 2018 (insertion and deletion, arXiv:18
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from pdl_utils.grad_cam.checks import choose_classes, class_scores, finite, float_batch
 from pdl_utils.grad_cam.hooks import evaluating, find_layer, record_activations
+from pdl_utils.grad_cam.maps import enlarge
 
 
 def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -49,11 +50,11 @@ def pointing_game(maps: Tensor, boxes: Tensor, size: tuple[int, int] | None = No
     return hits.sum((1, 2)) / highest.sum((1, 2)).clamp(min=1)
 
 
-def energy_in_box(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Share of the map's positive sum that lies in the box, (N,); 0 for a map of zeros. Maps (N, h, w) at the
-    resolution that the boxes (N, 4) are given in."""
-    positive = finite(maps, "maps").clamp(min=0)
-    inside = (positive * box_masks(boxes, maps.shape[-2:])).sum((1, 2))
+def energy_in_box(maps: Tensor, boxes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Share of the map's positive sum that lies in the box, (N,); 0 for a map of zeros. Takes what `pointing_game`
+    takes, and enlarges the maps to `size`."""
+    positive = enlarge(finite(maps, "maps").unsqueeze(1), size or maps.shape[-2:]).squeeze(1).clamp(min=0)
+    inside = (positive * box_masks(boxes, positive.shape[-2:])).sum((1, 2))
     return inside / positive.sum((1, 2)).clamp(min=torch.finfo(positive.dtype).tiny)
 
 
@@ -64,6 +65,12 @@ def mean_interval(values: Tensor) -> tuple[float, float, float]:
         return float(sample.mean()), float("nan"), float("nan")
     drawn = bootstrap((sample,), np.mean, n_resamples=2000, method="percentile", random_state=0)
     return float(sample.mean()), *map(float, drawn.confidence_interval)
+
+
+def in_words(values: Tensor, form: str = ".2f") -> str:
+    """`mean_interval` as a text, "0.52 (0.48 to 0.56)"; `form` is that of a number."""
+    mean, *ends = (format(number, form) for number in mean_interval(values))
+    return f"{mean} ({' to '.join(ends)})" if len(values) > 1 else f"{mean} (one value)"
 
 
 def receptive_fields(
@@ -94,7 +101,7 @@ def insertion_deletion(
     (N, steps + 1) each. Most important first by `maps` (N, H, W), and in random order where they are equal."""
     n, _, height, width = images.shape
     lot = torch.randperm(height * width, generator=torch.Generator().manual_seed(0)).to(images.device)
-    order = lot[finite(maps, "maps").flatten(1)[:, lot].argsort(dim=1, descending=True, stable=True)]
+    order = lot[finite(maps, "maps").to(images.device).flatten(1)[:, lot].argsort(dim=1, descending=True, stable=True)]
     rank = order.argsort(dim=1).view(n, 1, height, width)  # 0 for the most important pixel
     blurred = gaussian_blur(images, 2 * round(3 * blur) + 1, blur)
     followed = []
@@ -136,7 +143,7 @@ def cascading_randomization(
     model: nn.Module, layers: Sequence[str], seed: int = 0
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield (layer, copy of the model) with the weights of ever more layers drawn anew by their modules' own
-    `reset_parameters`, in the order given: from the classifier down (Adebayo et al. 2018, sec. 3). The model and
+    `reset_parameters`, in the order given: from the classifier down (Adebayo et al. 2018). The model and
     the caller's random numbers stay as they are. ValueError: a layer has no weights to draw."""
     randomised = copy.deepcopy(model)
     for position, name in enumerate(layers):
@@ -148,3 +155,15 @@ def cascading_randomization(
             for module in drawn:
                 module.reset_parameters()
         yield name, randomised
+
+
+def randomization_check(
+    model: nn.Module, explain: Callable[[nn.Module], Tensor], layers: Sequence[str], draws: int = 1
+) -> Tensor:
+    """Rank correlation between the maps (N, h, w) that `explain` gives of the model and of its randomised copies:
+    (draws, layers, N). A map that depends on what the network has learnt falls to what unrelated maps have."""
+    trained, rows = explain(model), []
+    for draw in range(draws):
+        copies = cascading_randomization(model, layers, seed=draw)
+        rows += [rank_correlation(trained, explain(randomised)) for _, randomised in copies]
+    return torch.stack(rows).view(draws, len(layers), -1)

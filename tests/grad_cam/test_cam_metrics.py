@@ -183,10 +183,11 @@ def test_a_map_of_the_network_forgets_under_randomisation_and_a_map_of_the_image
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1))
     image = torch.randn(2, 3, 12, 12)
-    *_, (_, randomised) = cams.cascading_randomization(model, ["1", "0"])
-    with torch.no_grad():
-        assert (cams.rank_correlation(model(image)[:, 0], randomised(image)[:, 0]).abs() < 0.6).all()
-    assert (cams.rank_correlation(image[:, 0], image[:, 0]) == 1).all()
+    network = cams.randomization_check(model, lambda net: net(image)[:, 0].detach(), ["1", "0"], draws=3)
+    assert network.shape == (3, 2, 2)
+    assert (network[:, 1].abs() < 0.6).all()
+    assert not torch.equal(network[0], network[1])
+    assert (cams.randomization_check(model, lambda _: image[:, 0], ["1"]) == 1).all()
 
 
 def test_measures_run_on_a_fake_gpu(monkeypatch):
