@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -24,6 +24,8 @@ from pdl_utils.images import Augmentation, Batches, Size, accuracy, height_and_w
 from pdl_utils.resnet import cifar_resnet18
 from pdl_utils.settings import has_bfloat16, pick_device
 from pdl_utils.training import History, fit, sgd
+
+MILD = Augmentation(flip=True, scale=(0.35, 1.0))
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,10 @@ def without_head(network: nn.Module) -> nn.Module:
 
 
 def linear_probe(features: Tensor, labels: Tensor, classes: int, C: float = 0.01) -> nn.Linear:
-    """A linear classifier on frozen features: scikit-learn's logistic regression on standardised features, with
-    the standardisation folded into its weights. Every class counts the same, however many examples it has.
-
-    Args:
-        features: (N, D) of the labelled images.
-        labels: int64 (N,); classes without an example get a score far below all others.
-        classes: number of outputs.
-        C: inverse strength of the L2 penalty: smaller is stronger.
-
-    Returns:
-        Features (…, D) → logits (…, classes), on the device of `features`.
-    """
+    """A linear classifier on frozen features (N, D): scikit-learn's logistic regression on standardised features,
+    with the standardisation folded into its weights. Every class counts the same, however many examples it has; one
+    without an example gets a score far below all others. `C`: inverse strength of the L2 penalty. Gives a layer
+    (…, D) → (…, classes), on the device of `features`."""
     scaler = StandardScaler().fit(features.cpu().numpy())
     regression = LogisticRegression(C=C, class_weight="balanced", max_iter=1000, tol=1e-3)
     fitted = regression.fit(scaler.transform(features.cpu().numpy()), labels.cpu().numpy())
@@ -220,6 +214,40 @@ class Trials:
             scores.append(self.keep(name, partial(score, seed, rows), way, **settings))
         return scores
 
+    def best_penalty(self, features: Mapping[str, Tensor], penalties: Sequence[float], sets: Tensor) -> float:
+        """The first of `penalties` that ties with the best, on validation images."""
+        return choose({C: self.probe(features, C, sets, "validation") for C in penalties})
+
+    def tune(
+        self, name: str, encoder: nn.Module, C: float, recipe: Recipe, rates: Sequence[float], choosing: Tensor,
+        sets: Tensor,
+    ) -> tuple[list[float], dict[str, list[float]]]:  # fmt: skip
+        """Fine-tune at each rate, without and with mild augmentation, on the sets `choosing`. Gives the test accuracy
+        for each of `sets` of what is best on validation images, and what all reached there."""
+        way, options, tried = fine_tune(encoder, self.classes, C), {}, {}
+        for lr in rates:
+            options[f"rate {lr:g}"] = replace(recipe, lr=lr)
+            options[f"rate {lr:g}, augmented"] = replace(recipe, lr=lr, augment=MILD)
+        for option, how in options.items():
+            tried[option] = self.train(name, way, how, choosing, "validation", C=C)
+        best = max(tried, key=lambda option: sum(tried[option]))
+        return self.train(name, way, options[best], sets, C=C), tried
+
+    def self_train(self, features: Mapping[str, Tensor], C: float, sets: Tensor) -> list[float]:
+        """The test accuracy of `self_train` for each set; the rest of the pool are its unlabelled images."""
+        scores, pool = [], features["pool"]
+        for rows in sets:
+            rest = torch.ones(len(pool), dtype=torch.bool)
+            rest[rows] = False
+            probe = self_train(pool[rows], self.labels[rows], pool[rest], self.classes, C)
+            scores.append(share_right(probe(features["test"]), self.judges["test"][1]))
+        return scores
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean and deviation over label sets or seeds: "65.6% ± 2.2"."""
+    return f"{100 * np.mean(values):.1f}% ± {100 * np.std(values, ddof=1):.1f}"
+
 
 def share_right(logits: Tensor, labels: Tensor) -> float:
     """Share of the rows (N, classes) whose largest entry is that of their label (N,)."""
@@ -249,7 +277,7 @@ def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
     if len(one) != len(other) or len(one) < 2:
         raise ValueError(f"{len(one)} and {len(other)} accuracies; give the same two or more label sets to both")
     differences = np.subtract(one, other)
-    if np.ptp(differences) == 0:  # no spread: t is undefined
+    if np.ptp(differences) < 1e-9:  # no spread: t is undefined
         return Difference(*[float(differences[0])] * 3)
     interval = ttest_rel(one, other).confidence_interval(0.95)
     return Difference(float(differences.mean()), float(interval.low), float(interval.high))
@@ -259,3 +287,13 @@ def choose(scores: Mapping[str, Sequence[float]]) -> str:
     """The first option that ties with the one of the best mean: name the cheapest options first."""
     best = max(scores, key=lambda name: np.mean(scores[name]))
     return next(name for name in scores if name == best or paired(scores[best], scores[name]).tie)
+
+
+def steps(scores: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Rows of a table: each method against the one before, on the label sets that both were tried on."""
+    rows = []
+    for name, before in pairs:
+        count = min(len(scores[name]), len(scores[before]))
+        gain = paired(scores[name][:count], scores[before][:count])
+        rows.append([name, percent(scores[name]), before, f"{gain}{', a tie' if gain.tie else ''}", str(count)])
+    return rows

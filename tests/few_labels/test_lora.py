@@ -164,8 +164,8 @@ def test_adapters_take_turns_and_bring_scale_head_and_batch_norm_along(tmp_path)
     assert torch.equal(other.eval()(x), source.eval()(x))
     other.load_state_dict(start, strict=False)
     assert torch.equal(other(x), base.eval()(x))
+    add_lora(base, 3, 0.7, "0")
     with pytest.raises(RuntimeError, match="size mismatch"):
-        add_lora(base, 3, 0.7, "0")
         base.load_state_dict(saved, strict=False)
 
 

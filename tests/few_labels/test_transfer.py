@@ -11,7 +11,17 @@ from torch import nn
 
 from pdl_utils.few_labels.lora import LoRA
 from pdl_utils.few_labels.transfer import (
-    Recipe, choose, fine_tune, linear_probe, paired, self_train, train_on, without_head,
+    Recipe,
+    Trials,
+    choose,
+    fine_tune,
+    from_scratch,
+    linear_probe,
+    paired,
+    self_train,
+    steps,
+    train_on,
+    without_head,
 )  # fmt: skip
 from pdl_utils.images import Augmentation, normalize, outputs
 from pdl_utils.resnet import cifar_resnet18
@@ -166,3 +176,58 @@ def test_of_options_that_tie_the_cheapest_is_chosen():
     scores = {"cheap": [0.50, 0.62, 0.55], "dear": [0.52, 0.61, 0.57], "poor": [0.30, 0.31, 0.29]}
     assert choose(scores) == "cheap"
     assert choose({**scores, "best": [0.60, 0.72, 0.65]}) == "best"
+
+
+def test_a_table_compares_on_the_label_sets_that_both_were_tried_on():
+    rows = steps({"probe": [0.5, 0.7, 0.9], "tuned": [0.6, 0.8]}, [("tuned", "probe")])
+    assert rows == [["tuned", "70.0% ± 14.1", "probe", "+10.0 points (+10.0 to +10.0)", "2"]]
+    assert "a tie" in steps({"a": [0.1, 0.3], "b": [0.3, 0.1]}, [("a", "b")])[0][3]
+
+
+@pytest.fixture
+def trials():
+    """60 images as a pool, 24 others as judges; what is kept is kept in the list `names`."""
+    images, labels = pictures(84)
+    kept, names = {}, []
+
+    def keep(name, compute, *code, **settings):
+        names.append(name)
+        return kept.setdefault((name, str(settings)), compute() if (name, str(settings)) not in kept else None)
+
+    judges = {"test": (images[60:], labels[60:]), "validation": (images[60:72], labels[60:72])}
+    trials = Trials(images[:60], labels[:60], judges, 3, keep, "noise")
+    return trials, torch.arange(60).view(3, 20), names
+
+
+def test_probes_are_tried_on_every_set_and_pseudo_labels_too(trials):
+    trials, sets, _ = trials
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).eval()
+    features = trials.features(encoder, "colours", 60)
+    assert [len(part) for part in features.values()] == [60, 24, 12]
+    torch.testing.assert_close(features["test"], outputs(encoder, trials.judges["test"][0]))
+    mirrored = trials.features(encoder, "colours", 60, mirror=True)
+    torch.testing.assert_close(mirrored["pool"], features["pool"])  # a mean colour has no sides
+    assert trials.probe(features, 1.0, sets) == [1.0] * 3
+    assert trials.self_train(features, 1.0, sets) == [1.0] * 3
+    assert trials.best_penalty(features, [0.1, 1.0], sets) == 0.1
+
+
+def test_trained_networks_are_kept_one_by_one_and_tuning_tries_each_rate_twice(trials):
+    trials, sets, names = trials
+    recipe = Recipe(2, 0.05, 0.0, batch_size=8)
+    first = trials.train("scratch", from_scratch(3), recipe, sets[:2])
+    assert trials.train("scratch", from_scratch(3), recipe, sets)[:2] == first
+    assert names == ["scratch"] * 5
+    tuned, tried = trials.tune("tuned", without_head(small_resnet()), 1.0, recipe, [0.0, 1e-3], sets[2:], sets[:2])
+    assert len(tuned) == 2
+    assert list(tried) == ["rate 0", "rate 0, augmented", "rate 0.001", "rate 0.001, augmented"]
+    assert all(0 <= accuracy <= 1 for scores in [tuned, *tried.values()] for accuracy in scores)
+
+
+def test_grey_images_of_any_number_of_classes_go_all_the_way():
+    images = torch.randint(0, 256, (20, 1, 28, 20), dtype=torch.uint8)
+    trials = Trials(
+        images, torch.arange(20) % 7, {"test": (images, torch.arange(20) % 7)}, 7, lambda n, f, *_, **__: f(), ""
+    )
+    scores = trials.train("grey", from_scratch(7), Recipe(1, 0.01, 0.0, batch_size=10), torch.arange(20)[None])
+    assert 0 <= scores[0] <= 1
