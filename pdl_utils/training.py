@@ -75,25 +75,22 @@ def fit(
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None, keep_best: str | None = None,
     clip_norm: float | None = None, autocast: bool = False, file: Path | None = None, label: str | None = "train",
 ) -> History:  # fmt: skip
-    """Train `model` in place, in train mode, and leave it in eval mode. A training that was interrupted goes on
-    from its last whole epoch when it is started again with the same `file`.
+    """Train `model` in place, and leave it in eval mode. With a `file`, it is kept after every epoch: a training that
+    was interrupted goes on when it is started again, and a finished one is read back.
 
     Args:
-        model: whatever `loss_fn` understands; in several processes wrapped in DistributedDataParallel.
+        model: whatever `loss_fn` understands; it may be wrapped in DistributedDataParallel.
         batches: gives the batches of an epoch (0-based), in an order that depends on the epoch alone.
         loss_fn: `loss_fn(model, batch)` is a scalar to minimise.
         scheduler: steps once a batch.
-        evaluate: called after every epoch, in eval mode and without gradients; its numbers join the history.
+        evaluate: its numbers join the history after every epoch; called in eval mode, without gradients.
         keep_best: one of these numbers; the weights of the epoch where it was largest are restored at the end.
         clip_norm: largest Euclidean norm of the joint gradient.
         autocast: compute in bfloat16 where that is safe; see `has_bfloat16`.
-        file: where the training is kept, after every epoch; a finished one is read back.
         label: what the progress bar says; None: no bar.
 
-    Raises:
-        NonFiniteLoss: before the step of a batch whose loss is NaN or infinite; after an epoch with such weights.
-        UnusableState: `file` is damaged, or from other settings.
-        ValueError: an epoch without a batch, or a reserved name in what `evaluate` gave.
+    Raises NonFiniteLoss before the step of a batch whose loss is NaN or infinite, or after an epoch that made weights
+    so; UnusableState if `file` is damaged or of other settings; ValueError for an epoch without a batch.
     """
     bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     parts = {"model": bare, "optimizer": optimizer} | ({"scheduler": scheduler} if scheduler else {})
@@ -208,16 +205,9 @@ def _resume(
 
 
 def run_file(name: str, *code: nn.Module | Callable, **settings: Any) -> Path:
-    """Where the state of a training is kept, to be given to `fit`: `runs/{name}-{digest}.pt` under the data root.
-
-    The digest is one of `settings` and of source code: whoever changes a layer, the loss or the loop trains anew.
-    Remove the folder `runs/` to train everything again.
-
-    Args:
-        name: what people call it, such as "GAT, seed 0".
-        code: a model (the classes of its layers, but for torch's own), the loss and other functions and classes.
-        settings: all else that decides the result, JSON values: sizes, epochs, seed, data.
-    """
+    """The file of a training, to be given to `fit`: `runs/{name}-{digest}.pt` under the data root. The digest is that
+    of `settings` (JSON values: all that decides the result), of `code` (a model's layers, the loss, functions) and of
+    the loop: whoever changes one of them trains anew, and a better docstring costs nothing."""
     sources: dict[str, str] = {}
     for thing in (fit, *code):
         for part in {type(module) for module in thing.modules()} if isinstance(thing, nn.Module) else [thing]:
