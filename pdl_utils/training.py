@@ -75,8 +75,8 @@ def fit(
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None, keep_best: str | None = None,
     clip_norm: float | None = None, autocast: bool = False, file: Path | None = None, label: str | None = "train",
 ) -> History:  # fmt: skip
-    """Train `model` in place, and leave it in eval mode. With a `file`, it is kept after every epoch: a training that
-    was interrupted goes on when it is started again, and a finished one is read back.
+    """Train `model` in place, and leave it in eval mode. With a `file`, it is kept after every epoch: a training
+    that was interrupted goes on when it is started again, and a finished one is read back.
 
     Args:
         model: whatever `loss_fn` understands; it may be wrapped in DistributedDataParallel.
@@ -89,8 +89,8 @@ def fit(
         autocast: compute in bfloat16 where that is safe; see `has_bfloat16`.
         label: what the progress bar says; None: no bar.
 
-    Raises NonFiniteLoss before the step of a batch whose loss is NaN or infinite, or after an epoch that made weights
-    so; UnusableState if `file` is damaged or of other settings; ValueError for an epoch without a batch.
+    Raises NonFiniteLoss before the step of a batch whose loss is NaN or infinite, or after an epoch that made
+    weights so; UnusableState if `file` is damaged or of other settings; ValueError for an epoch without a batch.
     """
     bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     parts = {"model": bare, "optimizer": optimizer} | ({"scheduler": scheduler} if scheduler else {})
@@ -205,8 +205,8 @@ def _resume(
 
 
 def run_file(name: str, *code: nn.Module | Callable, **settings: Any) -> Path:
-    """The file of a training, to be given to `fit`: `runs/{name}-{digest}.pt` under the data root. The digest is that
-    of `settings` (JSON values: all that decides the result), of `code` (a model's layers, the loss, functions) and of
+    """The file of a training, for `fit`: `runs/{name}-{digest}.pt` under the data root. The digest is that of
+    `settings` (JSON values: all that decides the result), of `code` (a model's layers, the loss, functions) and of
     the loop: whoever changes one of them trains anew, and a better docstring costs nothing."""
     sources: dict[str, str] = {}
     for thing in (fit, *code):
