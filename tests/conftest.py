@@ -33,7 +33,6 @@ from pdl_utils.datasets import photos, small_images, sources
 from pdl_utils.settings import REPOSITORY, data_root
 
 tiny_imagenet = importlib.import_module("pdl_utils.datasets.tiny_imagenet")  # the module, not the function
-WNIDS = ["n01443537", "n02123045"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class FileServer(ThreadingHTTPServer):
-    """An official source on this machine: `files` by path."""
+    """An official source on this machine: `files` by path. `fault`: "cut" sends half of one, "stalled" nothing."""
 
     daemon_threads = True
 
@@ -49,14 +48,11 @@ class FileServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.url = f"http://127.0.0.1:{self.server_port}/"
         self.files: dict[str, bytes] = {}
-        self.truncated = False  # send half of each file
-        self.stalled = threading.Event()  # set: send headers, then nothing
+        self.fault: str | None = None
         self.requests = 0
 
 
 class _Answer(BaseHTTPRequestHandler):
-    server: FileServer
-
     def do_GET(self) -> None:
         self.server.requests += 1
         body = self.server.files.get(self.path.lstrip("/"))
@@ -65,11 +61,11 @@ class _Answer(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.server.stalled.is_set():
+        if self.server.fault == "stalled":
             self.connection.settimeout(60)  # not the default, which the client lowers in this process
             self.connection.recv(1)  # until the client gives up
         else:
-            self.wfile.write(body[: len(body) // 2] if self.server.truncated else body)
+            self.wfile.write(body[: len(body) // 2] if self.server.fault == "cut" else body)
 
     def log_message(self, *_: object) -> None:
         """Keep the test's output clean."""
@@ -97,24 +93,28 @@ def fresh_data(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
 # Small data sets in their official formats, served on this machine
 
 
-def write_files(files: dict[str, bytes], root: Path) -> None:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-
-
 @dataclass
 class Official:
-    """`files` is the data set's tree below the data root; `damaged` the one that tests damage."""
+    """`files`: the tree of a data set below `folder` in the data root; `damaged`: the one that tests damage."""
 
     load: Callable[[], object]
     folder: str
     files: dict[str, bytes]
     damaged: str
 
-    def write(self) -> Path:
-        write_files(self.files, data_root())
-        return data_root()
+    def write(self, root: Path | None = None) -> Path:
+        root = root or data_root()
+        for name, content in self.files.items():
+            path = root / self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return root
+
+    def packed(self, form: str) -> bytes:
+        """An archive, "gztar" or "zip"."""
+        with TemporaryDirectory() as folder:
+            self.write(Path(folder, "files"))
+            return Path(shutil.make_archive(f"{folder}/archive", form, f"{folder}/files")).read_bytes()
 
 
 def md5(content: bytes) -> str:
@@ -127,78 +127,67 @@ def jpeg(side: int, colour: tuple[int, int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def packed(files: dict[str, bytes], form: str) -> bytes:
-    """An archive, "gztar" or "zip"."""
-    with TemporaryDirectory() as folder:
-        write_files(files, Path(folder, "files"))
-        return Path(shutil.make_archive(f"{folder}/archive", form, f"{folder}/files")).read_bytes()
+def set_all(patch: pytest.MonkeyPatch, target: object, **values: object) -> None:
+    for name, value in values.items():
+        patch.setattr(target, name, value)
 
 
 def make_cifar10(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
     rng = np.random.default_rng(0)
-    parts = {}
+    files = {"batches.meta": pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})}
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
-        parts[name] = pickle.dumps({"data": pixels, "labels": rng.integers(10, size=4).tolist()})
-    parts["batches.meta"] = pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})
-    files = {f"cifar-10-batches-py/{name}": content for name, content in parts.items()}
-    archive = server.files["cifar.tar.gz"] = packed(files, "gztar")
-    patch.setattr(CIFAR10, "url", server.url + "cifar.tar.gz")
-    patch.setattr(CIFAR10, "tgz_md5", md5(archive))
-    patch.setattr(CIFAR10, "train_list", [[n, md5(c)] for n, c in parts.items() if n.startswith("data")])
-    patch.setattr(CIFAR10, "test_list", [["test_batch", md5(parts["test_batch"])]])
-    patch.setitem(CIFAR10.meta, "md5", md5(parts["batches.meta"]))
-    return Official(small_images.cifar10, "cifar-10-batches-py", files, "cifar-10-batches-py/data_batch_3")
+        pixels, labels = rng.integers(0, 256, (4, 3072), dtype=np.uint8), rng.integers(10, size=4).tolist()
+        files[name] = pickle.dumps({"data": pixels, "labels": labels})
+    official = Official(small_images.cifar10, "cifar-10-batches-py", files, "data_batch_3")
+    archive = server.files["cifar.tar.gz"] = official.packed("gztar")
+    meta, *batches = [(name, md5(content)) for name, content in files.items()]
+    patch.setitem(CIFAR10.meta, "md5", meta[1])
+    set_all(patch, CIFAR10, train_list=batches[:5], test_list=batches[5:])
+    set_all(patch, CIFAR10, url=server.url + "cifar.tar.gz", tgz_md5=md5(archive))
+    return official
 
 
 def make_mnist(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
-    rng = np.random.default_rng(0)
-    parts = {}
+    files = {}
     for part, count in (("train", 6), ("t10k", 3)):
-        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8).tobytes()
-        parts[f"{part}-images-idx3-ubyte"] = struct.pack(">IIII", 0x803, count, 28, 28) + pixels
-        parts[f"{part}-labels-idx1-ubyte"] = struct.pack(">II", 0x801, count) + bytes(range(count))
-    packed = {f"{name}.gz": gzip.compress(content) for name, content in parts.items()}
-    server.files.update(packed)
-    patch.setattr(small_images, "MNIST_URL", server.url)
-    patch.setattr(MNIST, "resources", [(name, md5(content)) for name, content in packed.items()])
-    patch.setattr(small_images, "MNIST_MD5", {name: md5(content) for name, content in parts.items()})
-    files = {f"MNIST/raw/{name}": content for name, content in parts.items()}
-    return Official(small_images.mnist, "MNIST", files, "MNIST/raw/train-labels-idx1-ubyte")
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8).tobytes()
+        files[f"{part}-images-idx3-ubyte"] = struct.pack(">IIII", 0x803, count, 28, 28) + pixels
+        files[f"{part}-labels-idx1-ubyte"] = struct.pack(">II", 0x801, count) + bytes(range(count))
+    archives = {f"{name}.gz": gzip.compress(content) for name, content in files.items()}
+    server.files.update(archives)
+    patch.setattr(MNIST, "resources", [(name, md5(content)) for name, content in archives.items()])
+    unpacked = {name: md5(content) for name, content in files.items()}
+    set_all(patch, small_images, MNIST_URL=server.url, MNIST_MD5=unpacked)
+    return Official(small_images.mnist, "MNIST/raw", files, "train-labels-idx1-ubyte")
 
 
 def make_imagenette(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
-    wnids = list(Imagenette._WNID_TO_CLASS)
-    files = {
-        f"imagenette2-320/{part}/{wnid}/{wnid}_{i}.JPEG": jpeg(40, (20 * k, 100, 200))
-        for part in ("train", "val") for k, wnid in enumerate(wnids) for i in range(2)
-    }  # fmt: skip
-    archive = server.files["imagenette2-320.tgz"] = packed(files, "gztar")
-    patch.setattr(photos, "IMAGENETTE_URL", server.url + "imagenette2-320.tgz")
-    patch.setattr(photos, "IMAGENETTE_MD5", md5(archive))
-    patch.setattr(photos, "IMAGENETTE_COUNT", 2 * len(wnids))
-    damaged = f"imagenette2-320/val/{wnids[3]}/{wnids[3]}_1.JPEG"
-    return Official(photos.imagenet_photos, "imagenette2-320", files, damaged)
+    files = {}
+    for k, wnid in enumerate(Imagenette._WNID_TO_CLASS):
+        files |= {f"val/{wnid}/{wnid}_{i}.JPEG": jpeg(40, (20 * k, 100, 200)) for i in range(2)}
+    official = Official(photos.imagenet_photos, "imagenette2-320", files, damaged=list(files)[-1])
+    archive = server.files["imagenette2-320.tgz"] = official.packed("gztar")
+    set_all(patch, photos, IMAGENETTE_URL=server.url + "imagenette2-320.tgz", IMAGENETTE_MD5=md5(archive))
+    patch.setattr(photos, "IMAGENETTE_COUNT", len(files))
+    return official
 
 
 def make_tiny_imagenet(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
-    files = {
-        "wnids.txt": "\n".join(reversed(WNIDS)),
-        "words.txt": f"{WNIDS[0]}\tgoldfish\n{WNIDS[1]}\ttabby, cat\n",
-        "val/val_annotations.txt": f"val_0.JPEG\t{WNIDS[1]}\t0\t5\t63\t50\nval_1.JPEG\t{WNIDS[0]}\t9\t9\t9\t9\n",
-    }
-    for k, wnid in enumerate(WNIDS):
-        names = [f"{wnid}_{i}.JPEG" for i in range(3)]
-        files[f"train/{wnid}/{wnid}_boxes.txt"] = "".join(f"{n}\t1\t2\t3\t{i}\n" for i, n in enumerate(names))
-        files |= {f"train/{wnid}/images/{n}": jpeg(64, (200 * k, 50 * i, 100)) for i, n in enumerate(names)}
-    files |= {f"val/images/val_{i}.JPEG": jpeg(64, (100 * i, 0, 30)) for i in range(2)}
-    files = {f"tiny-imagenet-200/{n}": c.encode() if isinstance(c, str) else c for n, c in files.items()}
-    archive = server.files["tiny.zip"] = packed(files, "zip")
-    patch.setattr(tiny_imagenet, "URL", server.url + "tiny.zip")
-    patch.setattr(tiny_imagenet, "MD5", md5(archive))
-    patch.setattr(tiny_imagenet, "VAL_COUNT", 2)
-    damaged = f"tiny-imagenet-200/train/{WNIDS[1]}/images/{WNIDS[1]}_2.JPEG"
-    return Official(partial(tiny_imagenet.tiny_imagenet, "train"), "tiny-imagenet-200", files, damaged)
+    fish, cat = "n01443537", "n02123045"
+    boxes = f"val_0.JPEG\t{cat}\t0\t5\t63\t50\nval_1.JPEG\t{fish}\t9\t9\t9\t9\n"
+    lists = {"wnids.txt": f"{cat}\n{fish}", "words.txt": f"{fish}\tgoldfish\n{cat}\ttabby, cat\n"}
+    lists["val/val_annotations.txt"] = boxes
+    files = {f"val/images/val_{i}.JPEG": jpeg(64, (100 * i, 0, 30)) for i in range(2)}
+    for k, wnid in enumerate((fish, cat)):
+        lists[f"train/{wnid}/{wnid}_boxes.txt"] = "".join(f"{wnid}_{i}.JPEG\t1\t2\t3\t{i}\n" for i in range(3))
+        for i in range(3):
+            files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = jpeg(64, (200 * k, 50 * i, 100))
+    files |= {name: text.encode() for name, text in lists.items()}
+    damaged = f"train/{cat}/images/{cat}_2.JPEG"
+    official = Official(partial(tiny_imagenet.tiny_imagenet, "train"), "tiny-imagenet-200", files, damaged)
+    archive = server.files["tiny.zip"] = official.packed("zip")
+    set_all(patch, tiny_imagenet, URL=server.url + "tiny.zip", MD5=md5(archive), VAL_COUNT=2)
+    return official
 
 
 MAKERS = {"cifar10": make_cifar10, "mnist": make_mnist, "photos": make_imagenette, "tiny": make_tiny_imagenet}

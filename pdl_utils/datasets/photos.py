@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,49 +16,35 @@ from pdl_utils.datasets.sources import DamagedFile, Provenance, download_tar, ob
 from pdl_utils.settings import data_root
 
 NAME = "ImageNet photographs"
-OWN_FOLDER = "imagenet-samples"
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-LARGEST = 1024  # pixels, wide or high; larger ones are made smaller, so that hundreds fit into memory
 IMAGENETTE_URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"  # the short side has 320 pixels
 IMAGENETTE_MD5 = "3df6f0d01a2c9592104656642f5e78a3"
 IMAGENETTE_COUNT = 3925  # photographs in its validation split
-PER_CLASS = 4  # of Imagenette's, so that all ten classes are seen without decoding thousands
+Unopened = tuple[Path | str, str | None, str | None]  # a file or a sample's name, what it shows, its wnid
 
 
 @dataclass(frozen=True)
 class Photos:
-    """`images`: RGB, of any size; `names`: what each shows, or None; `wnids`: its ImageNet class ("n02123045"), or
-    None; `files`: what its file is called."""
+    """`images`: RGB, of any size; `names`: what each shows, or None; `wnids`: its ImageNet class, or None."""
 
     images: list[Image.Image]
     names: list[str | None]
     wnids: list[str | None]
-    files: list[str]
     provenance: Provenance
-
-
-class _Candidate(NamedTuple):
-    """A photograph that has not been opened yet."""
-
-    file: Path | str  # str: a sample, by its name in stand_ins
-    name: str | None
-    wnid: str | None
 
 
 def imagenet_photos(count: int | None = None, prefer: Sequence[str] = ()) -> Photos:
     """At most `count` photographs, the same ones on every call; those of the classes (wnids) in `prefer` first.
 
-    They are from the folder `imagenet-samples` under the data root, if it has any: drop your own in. A name like
-    n02123045_tabby.jpg says the class. What lies directly in the folder comes before all else, first what has no
-    class; then come its subfolders. Otherwise they are a few of each class of Imagenette's validation split, and a
-    cat. Offline: scikit-image's and scikit-learn's samples.
+    Your own, if `imagenet-samples` under the data root has any (n02123045_tabby.jpg says the class; what lies in
+    subfolders comes last); else a few of each class of Imagenette's validation split, and a cat; else samples.
     """
     if count is not None and count < 1:
         raise ValueError(f"count={count}: ask for at least one photograph, or None for all")
-    folder = data_root() / OWN_FOLDER
-    own = _album(_own_photos(folder), count, prefer, Provenance(NAME, ""), skip=True)
+    folder = data_root() / "imagenet-samples"
+    own = _album(_own_photos(folder), count, prefer, Provenance(NAME, ""), leave_out=True)
     if own.images:
-        source = f"{len(own.images)} photograph{'s' * (len(own.images) > 1)} from {OWN_FOLDER}/"
+        source = f"{len(own.images)} photograph{'s' * (len(own.images) > 1)} from imagenet-samples/"
         own = replace(own, provenance=with_notice(NAME, source, folder))
         print(own.provenance)
         return own
@@ -69,92 +54,76 @@ def imagenet_photos(count: int | None = None, prefer: Sequence[str] = ()) -> Pho
         NAME, Path(IMAGENETTE_URL).stem,
         read=lambda place: _album([_imagenette(place)], count, prefer, with_notice(NAME, split, place)),
         download=lambda root: download_tar(IMAGENETTE_URL, root, IMAGENETTE_MD5),
-        stand_in=lambda: _album([_samples()], count, prefer, samples),
+        stand_in=lambda: _album([stand_ins.PHOTOGRAPHS], count, prefer, samples),
     )  # fmt: skip
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image in 8-bit colour, turned as the camera was held (EXIF), on white where it is transparent. 16 bits
-    are scaled to 8; 32-bit integers and floats, which have no agreed white, from the darkest to the brightest."""
+    """Any image in 8-bit colour, turned as the camera was held (EXIF), on white where it is transparent.
+    ValueError: 32-bit numbers, which have no agreed white."""
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # older Pillow
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image, dtype=np.float64)
-        black, white = (0, 65535) if sixteen_bits else (pixels.min(), pixels.max())
-        if not np.isfinite(white - black):
-            raise ValueError("it has pixels that are no numbers")
-        image = Image.fromarray((255 * (pixels - black) / max(white - black, 1e-9)).round().astype(np.uint8))
+    if sixteen_bits:  # Pillow would cut them off at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers: save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def _own_photos(folder: Path) -> list[list[_Candidate]]:
+def _own_photos(folder: Path) -> list[list[Unopened]]:
     """Directly in `folder` without a class, directly in it with one, in its subfolders. Other files are named."""
     unlabelled, labelled, deeper = [], [], []
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.name.startswith(".") or path.name == "NOTICE.txt":
-            continue
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() in SUFFIXES:
+            label = re.fullmatch(r"(n\d{8}) (.+)", path.stem.replace("_", " "))
+            wnid, name = label.groups() if label else (None, None)
+            group = deeper if path.parent != folder else labelled if label else unlabelled
+            group.append((path, name, wnid))
+        elif path.is_file() and path.name != "NOTICE.txt":
             print(f"{path} is left out: its name must end in {' '.join(SUFFIXES)}")
-            continue
-        label = re.fullmatch(r"(n\d{8})_(.+)", path.stem)
-        wnid, name = (label[1], label[2].replace("_", " ")) if label else (None, None)
-        group = deeper if path.parent != folder else labelled if label else unlabelled
-        group.append(_Candidate(path, name, wnid))
-    deeper.sort(key=lambda candidate: candidate.wnid is None)
-    return [unlabelled, labelled, deeper]
+    return [unlabelled, labelled, sorted(deeper, key=lambda photo: photo[2] is None)]
 
 
-def _imagenette(folder: Path) -> list[_Candidate]:
-    found = len(list((folder / "val").glob("*/*.JPEG")))
-    if found != IMAGENETTE_COUNT:
-        raise DamagedFile(f"{folder / 'val'} has {found} photographs, not {IMAGENETTE_COUNT}")
-    dataset = Imagenette(folder.parent, "val", "320px")
-    candidates = _samples()[:1]  # the cat: Imagenette has none
+def _imagenette(folder: Path) -> list[Unopened]:
+    """The cat, because Imagenette has none, and four of each class: thousands would take long to decode."""
+    paths = sorted((folder / "val").glob("*/*.JPEG"))
+    if len(paths) != IMAGENETTE_COUNT:
+        raise DamagedFile(f"{folder / 'val'} has {len(paths)} photographs, not {IMAGENETTE_COUNT}")
+    dataset, photos = Imagenette(folder.parent, "val", "320px"), stand_ins.PHOTOGRAPHS[:1]
     for wnid, (name, *_) in zip(dataset.wnids, dataset.classes, strict=True):
-        for path in sorted((folder / "val" / wnid).glob("*.JPEG"))[:PER_CLASS]:
-            candidates.append(_Candidate(path, name, wnid))
-    return candidates
-
-
-def _samples() -> list[_Candidate]:
-    return [_Candidate(file, name, wnid) for file, (name, wnid) in stand_ins.PHOTOGRAPHS.items()]
-
-
-def _open(file: Path | str) -> Image.Image:
-    if isinstance(file, str):
-        return stand_ins.photograph(file)
-    with reading(file), Image.open(file) as image:
-        photo = to_rgb(image)
-        photo.thumbnail((LARGEST, LARGEST))
-        return photo
+        photos += [(path, name, wnid) for path in paths if path.parent.name == wnid][:4]
+    return photos
 
 
 def _album(
-    groups: list[list[_Candidate]], count: int | None, prefer: Sequence[str], origin: Provenance, skip=False
+    groups: list[list[Unopened]], count: int | None, prefer: Sequence[str], origin: Provenance, leave_out=False
 ) -> Photos:  # fmt: skip
-    """`count` from the groups in their order. `skip`: one that cannot be opened makes room for another."""
-    count = count or sum(map(len, groups))
-    found: list[tuple[Image.Image, _Candidate]] = []
+    """`count` from the groups in their order: the preferred ones, then others spread evenly over the group.
+    `leave_out`: what cannot be opened is named, and left out."""
+    count, chosen = count or sum(map(len, groups)), []
     for group in groups:
-        for candidate in _ordered(group, count - len(found), prefer):
-            if len(found) == count:
-                break
-            try:
-                found.append((_open(candidate.file), candidate))
-            except Exception as error:  # Pillow raises all kinds of things
-                if not skip:
-                    raise
-                print(f"{candidate.file} is left out: {error.__cause__ or error}")
-    files, names, wnids = ([candidate[field] for _, candidate in found] for field in range(3))
-    return Photos([image for image, _ in found], names, wnids, [Path(file).name for file in files], origin)
+        first = [photo for wnid in prefer for photo in group if photo[2] == wnid]
+        rest = [photo for photo in group if photo not in first]
+        room = max(0, min(count - len(chosen) - len(first), len(rest)))
+        chosen += first + [rest[i * len(rest) // room] for i in range(room)]
+    album = Photos([], [], [], origin)
+    for file, name, wnid in chosen[:count]:
+        try:
+            album.images.append(stand_ins.photograph(file) if isinstance(file, str) else _open(file))
+        except Exception as error:  # Pillow raises all kinds of things
+            if not leave_out:
+                raise
+            print(f"{file} is left out: {error.__cause__ or error}")
+        else:
+            album.names.append(name)
+            album.wnids.append(wnid)
+    return album
 
 
-def _ordered(candidates: list[_Candidate], count: int, prefer: Sequence[str]) -> list[_Candidate]:
-    """The preferred ones; until there are `count`, others that are spread evenly over what there is; the rest."""
-    first = [c for wnid in prefer for c in candidates if c.wnid == wnid][:count]
-    rest = [c for c in candidates if c not in first]
-    wanted = min(count - len(first), len(rest))
-    chosen = first + [rest[i * len(rest) // wanted] for i in range(wanted)]
-    return chosen + [c for c in candidates if c not in chosen]
+def _open(file: Path) -> Image.Image:
+    with reading(file), Image.open(file) as image:
+        photo = to_rgb(image)
+        photo.thumbnail((1024, 1024))  # so that hundreds fit into memory
+        return photo

@@ -19,8 +19,7 @@ from pdl_utils.datasets.sources import Provenance, download_tar, obtain, reading
 from pdl_utils.images import check_images
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-# torchvision checks the MD5 of MNIST's archives, but not of the unpacked files that it reads.
-MNIST_MD5 = {
+MNIST_MD5 = {  # of the unpacked files, which torchvision does not check
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
@@ -30,8 +29,8 @@ MNIST_MD5 = {
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """`train_images`, `test_images`: uint8 (N, C, H, W), C is 3 or 1 (grey); `train_labels`, `test_labels`: int64
-    (N,), positions in `classes`, of which there may be any number. What does not fit is refused."""
+    """Images: uint8 (N, C, H, W), C is 3 or 1 (grey). Labels: int64 (N,), positions in `classes`. TypeError or
+    ValueError where they are not."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -52,9 +51,8 @@ class LabelledImages:
 
 
 def cifar10() -> LabelledImages:
-    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour images (3, 32, 32) in ten classes. Offline: 5,000 + 1,000
-    crops of ten photographs, with classes of their own."""
-    source = f"stand-in: crops of {len(stand_ins.TEXTURES)} scikit-image and scikit-learn sample photographs"
+    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 images (3, 32, 32) in ten classes; offline 5,000 + 1,000."""
+    source = "stand-in: crops of 10 scikit-image and scikit-learn sample photographs"
     origin = Provenance("CIFAR-10", source, real=False)
     return obtain(
         "CIFAR-10", CIFAR10.base_folder, read=_read_cifar10,
@@ -64,8 +62,7 @@ def cifar10() -> LabelledImages:
 
 
 def mnist() -> LabelledImages:
-    """MNIST (LeCun, Cortes, Burges): 60,000 + 10,000 handwritten digits (1, 28, 28). Offline: scikit-learn's 1,797
-    digits, enlarged."""
+    """MNIST (LeCun, Cortes, Burges): 60,000 + 10,000 handwritten digits (1, 28, 28); offline 1,438 + 359."""
     origin = Provenance("MNIST", "stand-in: scikit-learn's 8×8 digits, enlarged", real=False)
     return obtain(
         "MNIST", "MNIST", read=_read_mnist, download=_download_mnist,
@@ -74,15 +71,15 @@ def mnist() -> LabelledImages:
 
 
 def labelled_folder(folder: str | Path, side: int = 32) -> LabelledImages:
-    """Images of your own, of any size, in FOLDER/train/CLASS/ and FOLDER/test/CLASS/: the middle square of each,
-    in colour, `side` pixels wide. DamagedFile names an image that cannot be opened."""
+    """Your own images, in FOLDER/train/CLASS/ and FOLDER/test/CLASS/: of each the middle square, in colour, `side`
+    pixels wide. DamagedFile: one cannot be opened."""
     train, test = (ImageFolder(Path(folder, part)) for part in ("train", "test"))
     if train.classes != test.classes:
         raise ValueError(f"{folder}: train/ has the classes {train.classes}, test/ has {test.classes}")
     tensors = []
     for part in (train, test):
         squares = []
-        for path in (Path(name) for name, _ in part.samples):
+        for path, _ in part.samples:
             with reading(path), Image.open(path) as image:
                 squares.append(TF.pil_to_tensor(ImageOps.fit(to_rgb(image), (side, side))))
         tensors += [torch.stack(squares), torch.tensor(part.targets)]
@@ -94,8 +91,8 @@ def _read_cifar10(folder: Path) -> LabelledImages:
     try:
         train, test = (CIFAR10(folder.parent, train=part) for part in (True, False))
     except RuntimeError:  # torchvision checks every MD5, but does not say which file is wrong
-        verify_md5(folder, dict([*CIFAR10.train_list, *CIFAR10.test_list]))
-        verify_md5(folder, {CIFAR10.meta["filename"]: CIFAR10.meta["md5"]})
+        meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
+        verify_md5(folder, dict([*CIFAR10.train_list, *CIFAR10.test_list, meta]))
         raise
     tensors = []
     for part in (train, test):

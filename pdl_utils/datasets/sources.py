@@ -1,5 +1,5 @@
-"""`obtain` decides where data come from: files under the data root, else the official source, else a stand-in.
-It prints what it used. PDL_DATA is the data root; PDL_OFFLINE=1 and PDL_REQUIRE_REAL=1 have the last word."""
+"""Where data come from: files under the data root, else the official source, else a stand-in. What was used is
+printed. PDL_DATA is the data root; PDL_OFFLINE=1 and PDL_REQUIRE_REAL=1 have the last word."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from filelock import FileLock
 from torchvision.datasets.utils import check_md5, download_url
 
 from pdl_utils.settings import data_root, flag
-
-T = TypeVar("T")  # a data set or a network: something that has a `provenance`
 
 SILENCE = 10.0  # seconds without a byte after which a download has failed
 _no_answer: list[str] = []  # what could not be reached: a process that was offline does not wait again
@@ -26,7 +24,7 @@ _no_answer: list[str] = []  # what could not be reached: a process that was offl
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origin of a data set or of weights: "CIFAR-10", "official files". `real` is False for a stand-in."""
+    """Origin of a data set or of weights. `real` is False for a stand-in."""
 
     name: str
     source: str
@@ -34,7 +32,7 @@ class Provenance:
 
     @property
     def tag(self) -> str:
-        """What a figure's title appends: nothing for real data, a plain word for a stand-in."""
+        """What a figure's title appends."""
         return "" if self.real else f" · stand-in for {self.name}"
 
     def __str__(self) -> str:
@@ -42,7 +40,7 @@ class Provenance:
 
 
 def with_notice(name: str, source: str, folder: Path) -> Provenance:
-    """Provenance of the files in `folder`, with what its NOTICE.txt says, if there is one."""
+    """Provenance of the files in `folder`, with what its NOTICE.txt says."""
     notice = folder / "NOTICE.txt"
     said = "; " + " ".join(notice.read_text("utf-8", "replace").split()) if notice.is_file() else ""
     return Provenance(name, source + said)
@@ -57,19 +55,18 @@ class DamagedFile(RuntimeError):
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
     """Whatever goes wrong inside becomes a DamagedFile that names `path`."""
     try:
         yield
     except (DamagedFile, PermissionError, MemoryError):  # the first has its name, the others are no damage
         raise
     except Exception as error:  # readers raise all kinds of things for half a file
-        reason = getattr(error, "strerror", None) or error  # without the path once more
-        raise DamagedFile(f"{path} is missing or damaged ({reason})") from error
+        raise DamagedFile(f"{path} is missing or damaged ({error})") from error
 
 
 def verify_md5(folder: Path, expected: Mapping[str, str]) -> None:
-    """Raise DamagedFile at the first file in `folder` whose MD5 is not the expected one."""
+    """DamagedFile: the first file in `folder` whose MD5 is not the expected one."""
     for name, md5 in expected.items():
         with reading(folder / name):
             if not check_md5(folder / name, md5):
@@ -77,23 +74,22 @@ def verify_md5(folder: Path, expected: Mapping[str, str]) -> None:
 
 
 def download_tar(url: str, folder: Path, md5: str) -> None:
-    """Download and unpack as torchvision does, but only into `folder`, by the filter that is Python's default from
-    3.14 on. Python before 3.10.12 and 3.11.4 has none: there the MD5 alone protects."""
+    """Download and unpack, but only into `folder`, by the filter that is Python's default from 3.14 on."""
     download_url(url, folder, md5=md5)
     with tarfile.open(folder / Path(url).name) as tar:
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # None: before 3.10.12 and 3.11.4
         tar.extractall(folder)
 
 
 def obtain(
-    name: str, folder: str, *, read: Callable[[Path], T], download: Callable[[Path], object],
-    stand_in: Callable[[], T] | None = None,
-) -> T:  # fmt: skip
-    """A data set from the first source that has it. What lies under the data root is never changed or removed.
+    name: str, folder: str, *, read: Callable[[Path], Any], download: Callable[[Path], object],
+    stand_in: Callable[[], Any] | None = None,
+) -> Any:  # fmt: skip
+    """A data set or a network (it has a `provenance`) from the first source that has it. What lies under the data
+    root is never changed or removed.
 
-    `folder` is its folder, or only file, there; `read` checks and loads it; `download` runs the official loader in
-    an empty folder and leaves `folder` in it; `stand_in` makes what serves offline. DamagedFile and NoRealData are
-    raised with what to do.
+    `read` checks and loads `folder` (or one file) there; `download` runs the official loader in an empty folder
+    and leaves `folder` in it; `stand_in` serves offline. DamagedFile and NoRealData say what to do.
     """
     place, problem = data_root() / folder, None
     if not place.exists():
@@ -106,23 +102,33 @@ def obtain(
     else:
         data = stand_in() if stand_in else None
         if data is None or (flag("PDL_REQUIRE_REAL") and not data.provenance.real):
-            unset = ", or unset PDL_REQUIRE_REAL to accept a stand-in" if data else ""
+            accept = ", or unset PDL_REQUIRE_REAL" if data else ""
             raise NoRealData(
                 f"{name}: no real data, because {problem}. Connect to the network, with PDL_OFFLINE unset, or put "
-                f"the official files into {place}{unset}, and run this again."
+                f"the official files into {place}{accept}, and run this again."
             )
     print(data.provenance, end=f", because {problem}\n" if problem else "\n")
     return data
 
 
 def _fetch(place: Path, read: Callable[[Path], object], download: Callable[[Path], object]) -> str | None:
-    """None if `place` is there now, else why the download failed."""
+    """Download beside `place`, and move what `read` accepts to `place` in one step. None, or why that failed."""
     if _no_answer:
         return f"there was no network when {_no_answer[0]} was asked for; restart the kernel to ask again"
-    timeout = socket.getdefaulttimeout()
+    staging, timeout = place.with_name(f".{place.name}.partial"), socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)  # loaders have no parameter for it
     try:
-        _put_in_place(place, read, download)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.with_name(f".{place.name}.lock")):
+            shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+            try:
+                if not place.exists():  # else another process was faster
+                    staging.mkdir()
+                    download(staging)
+                    read(staging / place.name)
+                    (staging / place.name).rename(place)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     except Exception as error:  # loaders raise all kinds of things
         if isinstance(getattr(error, "reason", None), socket.gaierror | TimeoutError):  # nobody was reached
             _no_answer.append(place.name)
@@ -132,20 +138,3 @@ def _fetch(place: Path, read: Callable[[Path], object], download: Callable[[Path
     finally:
         socket.setdefaulttimeout(timeout)
     return None
-
-
-def _put_in_place(place: Path, read: Callable[[Path], object], download: Callable[[Path], object]) -> None:
-    """Download into a folder beside `place`; move what `read` accepts to `place` in one step."""
-    staging = place.with_name(f".{place.name}.partial")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(f".{place.name}.lock")):
-        if place.exists():  # another process was faster
-            return
-        shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
-        staging.mkdir()
-        try:
-            download(staging)
-            read(staging / place.name)
-            (staging / place.name).rename(place)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)

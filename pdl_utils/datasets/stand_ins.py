@@ -8,32 +8,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# Class → the photograph that its crops are cut from, as `photograph` calls it.
+# Class: the photograph that its crops are cut from, as `photograph` calls it.
 TEXTURES = {
-    "brick": "brick",
-    "cat fur": "chelsea",
-    "coffee": "coffee",
-    "flower": "flower.jpg",
-    "grass": "grass",
-    "gravel": "gravel",
-    "motorcycle": "stereo_motorcycle",
-    "stars": "hubble_deep_field",
-    "temple": "china.jpg",
-    "tissue": "immunohistochemistry",
-}
-# Photograph → what it shows, and its ImageNet class where it has one.
-PHOTOGRAPHS = {
-    "chelsea": ("tabby", "n02123045"),
-    "coffee": ("espresso", "n07920052"),
-    "astronaut": ("astronaut", None),
-    "rocket": ("rocket", None),
-    "stereo_motorcycle": ("motorcycle", None),
-    "china.jpg": ("temple", None),
-    "flower.jpg": ("dahlia", None),
-    "retina": ("retina", None),
-    "hubble_deep_field": ("galaxies", None),
-    "immunohistochemistry": ("tissue", None),
-}
+    "brick": "brick", "cat fur": "chelsea", "coffee": "coffee", "flower": "flower.jpg", "grass": "grass",
+    "gravel": "gravel", "motorcycle": "stereo_motorcycle", "stars": "hubble_deep_field",
+    "temple": "china.jpg", "tissue": "immunohistochemistry",
+}  # fmt: skip
+PHOTOGRAPHS = [  # what `photograph` calls it, what it shows, its ImageNet class where it has one
+    ("chelsea", "tabby", "n02123045"), ("coffee", "espresso", "n07920052"), ("astronaut", "astronaut", None),
+    ("rocket", "rocket", None), ("stereo_motorcycle", "motorcycle", None), ("china.jpg", "temple", None),
+    ("flower.jpg", "dahlia", None), ("retina", "retina", None), ("hubble_deep_field", "galaxies", None),
+    ("immunohistochemistry", "tissue", None),
+]  # fmt: skip
 
 
 def photograph(name: str) -> Image.Image:
@@ -48,11 +34,8 @@ def photograph(name: str) -> Image.Image:
 
 def texture_crops(train: int = 5000, test: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """CIFAR-10-shaped crops of `TEXTURES`, the classes in turn: images uint8 (N, 3, 32, 32) and labels int64 (N,)
-    for training, the same for testing.
-
-    A crop lies inside one cell of a grid, and every fifth cell is kept for testing: no pixel is in both. Scale,
-    mirroring and colour vary from crop to crop, so that colour alone does not give the class away.
-    """
+    for training, the same for testing. No pixel is in both: a crop lies inside one cell of a grid, and every fifth
+    cell is kept for testing. Colours vary, so that they alone do not give the class away."""
     rng = np.random.default_rng(seed)
     photos = [photograph(name) for name in TEXTURES.values()]
     tensors = []
@@ -65,8 +48,7 @@ def texture_crops(train: int = 5000, test: int = 1000, seed: int = 0) -> tuple[T
 
 
 def grid_cells(width: int, height: int, held_out: bool) -> list[tuple[int, int, int]]:
-    """(left, top, side) of the square cells for testing (`held_out`) or for training. Those for testing lie a
-    knight's move apart, so that both see all parts of the photograph."""
+    """(left, top, side) of the square cells for testing (`held_out`) or for training, all over the picture."""
     side = min(width, height) // 5
     return [
         (column * side, row * side, side)

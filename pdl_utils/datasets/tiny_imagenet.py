@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from pdl_utils.datasets.sources import DamagedFile, Provenance, obtain, reading, with_notice
 
-FOLDER = "tiny-imagenet-200"
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 VAL_COUNT = 10_000
@@ -33,12 +33,12 @@ class TinyImageNet:
 
 
 def tiny_imagenet(split: str, limit: int | None = None) -> TinyImageNet:
-    """The "train" or the "val" split; only `limit` images of it, spread evenly over the classes, the same ones on
-    every call. NoRealData where there are neither files nor network: catch it to skip what needs boxes."""
+    """The "train" or the "val" split, or `limit` images of it, spread evenly over the classes, always the same.
+    NoRealData where there are neither files nor network: catch it to skip what needs boxes."""
     if split not in ("train", "val"):
         raise ValueError(f"split={split!r}: use 'train' or 'val'")
     return obtain(
-        "Tiny ImageNet", FOLDER, read=lambda folder: _read(folder, split, limit),
+        "Tiny ImageNet", "tiny-imagenet-200", read=lambda folder: _read(folder, split, limit),
         download=lambda folder: download_and_extract_archive(URL, folder, md5=MD5, remove_finished=True),
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ def _read(folder: Path, split: str, limit: int | None) -> TinyImageNet:
                 boxes.append([int(x0), int(y0), int(x1), int(y1)])
     if split == "val" and len(files) != VAL_COUNT:
         raise DamagedFile(f"{annotations['']} has {len(files)} lines, not {VAL_COUNT}")
-    picked = np.arange(len(files)) if limit is None else spread(np.array(labels), limit)
+    picked = spread(labels, limit)
     images = torch.empty(len(picked), 3, 64, 64, dtype=torch.uint8)
     for image, i in zip(images, picked, strict=True):  # 6 s for 50,000; threads made it slower
         with reading(files[i]), Image.open(files[i], formats=["JPEG"]) as file:
@@ -75,12 +75,10 @@ def _read(folder: Path, split: str, limit: int | None) -> TinyImageNet:
     return TinyImageNet(images, torch.tensor(labels)[picked], torch.tensor(boxes)[picked], wnids, names, origin)
 
 
-def spread(labels: np.ndarray, limit: int) -> np.ndarray:
-    """Positions, ascending, of at most `limit` of `labels` (N,), drawn with seed 0: as many of one class as of any
-    other, give or take one."""
-    order = np.random.default_rng(0).permutation(len(labels))
-    turn = np.empty(len(labels), dtype=np.int64)  # this is the how-manieth image of its class?
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        turn[members] = np.arange(len(members))
-    return np.sort(order[np.argsort(turn[order], kind="stable")][:limit])
+def spread(labels: list[int], limit: int | None) -> list[int]:
+    """Positions, ascending, of `limit` of `labels` (None: of all), drawn with seed 0, evenly over the classes."""
+    order, seen, turn = np.random.default_rng(0).permutation(len(labels)).tolist(), Counter(), {}
+    for i in order:
+        turn[i] = seen[labels[i]]  # this is the how-manieth image of its class?
+        seen[labels[i]] += 1
+    return sorted(sorted(order, key=turn.get)[:limit])
