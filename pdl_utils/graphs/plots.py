@@ -34,7 +34,9 @@ def small_graph(
             look = {"arrowstyle": "-|>", "color": COLORS[0], "shrinkA": 12, "shrinkB": 14}
             look["linewidth"] = 1 + 8 * float(weight[index])
             axis.annotate("", (to_x, to_y), (x, y), arrowprops=look, zorder=1)
-            axis.text((x + to_x) / 2, (y + to_y) / 2 + 0.1, f"{weight[index]:.2f}", ha="center", va="bottom")
+            aside = 0.2 / np.hypot(to_x - x, to_y - y)  # to the left of the arrow, seen along it
+            spot = (x + to_x) / 2 - aside * (to_y - y), (y + to_y) / 2 + aside * (to_x - x)
+            axis.text(*spot, f"{weight[index]:.2f}", ha="center", va="center")
     for node, (x, y) in place.items():
         axis.scatter(x, y, s=330, color="white", edgecolors="black", zorder=3)
         axis.text(x, y, str(node), ha="center", va="center", zorder=4)
