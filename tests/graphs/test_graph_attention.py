@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdl_utils.graphs import GATConv, GATv2Conv, GCNConv, GraphNet, UniformConv
+from pdl_utils.datasets import ppi
+from pdl_utils.graphs import GATConv, GATv2Conv, GCNConv, GraphNet, UniformConv, metrics
 from pdl_utils.graphs.layers import SortedEdges, edge_softmax, sort_edges
+from pdl_utils.settings import data_root
+from pdl_utils.weights import CHECKPOINTS, load_weights
 
 NODES, CHANNELS = 12, 7
 KINDS = ["mlp", "gcn", "gat", "gatv2", "uniform"]
@@ -231,3 +234,17 @@ def test_net_gives_the_attention_of_every_layer(kind, depth):
         torch.testing.assert_close(alpha, weights)
         x = F.elu(again)
     assert found.shape[1] == sum(edges[0] != edges[1]) + NODES
+
+
+@pytest.mark.parametrize(("kind", "floor"), [("gat", 0.985), ("gatv2", 0.987)])
+def test_networks_that_ship(kind, floor):
+    state, facts = load_weights(CHECKPOINTS / f"{kind}_ppi.safetensors")
+    net = GraphNet(50, 121, kind, **facts["sizes"]).eval()
+    net.load_state_dict(state)
+    assert facts["micro_f1"] >= floor
+    if (data_root() / "ppi").is_dir():
+        graphs = ppi().test
+        with torch.no_grad():
+            logits = torch.cat([net(graph.x, graph.edge_index) for graph in graphs])
+        score = metrics.micro_f1(logits, torch.cat([graph.y for graph in graphs]))
+        assert score == pytest.approx(facts["micro_f1"], abs=5e-4)
