@@ -73,7 +73,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _own_photos(folder: Path) -> list[list[Unopened]]:
-    """Directly in `folder` without a class, directly in it with one, in its subfolders. Other files are named."""
+    """Directly in `folder` without a class, directly in it with one, in its subfolders."""
     unlabelled, labelled, deeper = [], [], []
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES:

@@ -80,20 +80,16 @@ def test_a_damaged_file_is_an_error_that_names_it_and_nothing_is_removed(officia
 @pytest.mark.parametrize("fault", ["cut", "stalled", "gone", "no folder", "read-only"])
 def test_a_failed_download_means_a_stand_in_or_an_error(fault, make_official, file_server, monkeypatch):
     cifar, tiny, started = make_official("cifar10"), make_official("tiny"), time.monotonic()
-    reason = "download failed"
     monkeypatch.setattr(sources, "SILENCE", 0.2)
-    file_server.fault = fault
+    file_server.fault, reason = fault, "download failed"
     if fault == "gone":
         file_server.shutdown()
         file_server.server_close()
-    elif fault == "no folder":
-        data_root().touch()
-    elif fault == "read-only":
-        data_root().mkdir(mode=0o555)
-        if os.access(data_root(), os.W_OK):
-            pytest.skip("permissions do not bind this user")
-    if fault in ("no folder", "read-only"):
+    elif fault in ("no folder", "read-only"):
         reason = r"cannot be written to .* set PDL_DATA"
+        data_root().touch() if fault == "no folder" else data_root().mkdir(mode=0o555)
+        if fault == "read-only" and os.access(data_root(), os.W_OK):
+            pytest.skip("permissions do not bind this user")
     assert cifar.load().provenance.tag == " · stand-in for CIFAR-10"
     with pytest.raises(sources.NoRealData, match=f"{reason}.* put the official files into .*{tiny.folder}"):
         tiny.load()
@@ -102,7 +98,7 @@ def test_a_failed_download_means_a_stand_in_or_an_error(fault, make_official, fi
         cifar.load()
     assert time.monotonic() - started < 30
     assert socket.getdefaulttimeout() is None
-    locks = {f".{official.folder}.lock" for official in (cifar, tiny)}
+    locks = {f".{cifar.folder}.lock", f".{tiny.folder}.lock"}
     assert {path.name for path in data_root().parent.rglob("*")} <= {"data", *locks}
     if fault in ("cut", "stalled"):
         monkeypatch.setattr(sources, "SILENCE", 30)
