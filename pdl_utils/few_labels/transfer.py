@@ -105,9 +105,9 @@ def without_head(network: nn.Module) -> nn.Module:
 
 def linear_probe(features: Tensor, labels: Tensor, classes: int, C: float = 0.01) -> nn.Linear:
     """A linear classifier on frozen features (N, D): scikit-learn's logistic regression on standardised features,
-    with the standardisation folded into its weights. Every class counts the same, however many examples it has; one
-    without an example gets a score far below all others. `C`: inverse strength of the L2 penalty. Gives a layer
-    (…, D) → (…, classes), on the device of `features`."""
+    with the standardisation folded into its weights. Every class counts the same, however many examples it has;
+    one without an example gets a score far below all others. `C`: inverse strength of the L2 penalty. Gives a
+    layer (…, D) → (…, classes), on the device of `features`."""
     scaler = StandardScaler().fit(features.cpu().numpy())
     regression = LogisticRegression(C=C, class_weight="balanced", max_iter=1000, tol=1e-3)
     fitted = regression.fit(scaler.transform(features.cpu().numpy()), labels.cpu().numpy())
@@ -146,6 +146,15 @@ def self_train(
         pseudo = guesses[sure].to(labels.device)
         probe = linear_probe(torch.cat([features, unlabelled[sure]]), torch.cat([labels, pseudo]), classes, C)
     return probe
+
+
+def with_and_without(recipe: Recipe, rates: Sequence[float]) -> dict[str, Recipe]:
+    """The recipe at each rate, without and with mild augmentation."""
+    options = {}
+    for lr in rates:
+        options[f"rate {lr:g}"] = replace(recipe, lr=lr)
+        options[f"rate {lr:g}, augmented"] = replace(recipe, lr=lr, augment=MILD)
+    return options
 
 
 def fine_tune(encoder: nn.Module, classes: int, C: float, rank: int | None = None) -> Way:
@@ -219,19 +228,16 @@ class Trials:
         return choose({C: self.probe(features, C, sets, "validation") for C in penalties})
 
     def tune(
-        self, name: str, encoder: nn.Module, C: float, recipe: Recipe, rates: Sequence[float], choosing: Tensor,
-        sets: Tensor,
-    ) -> tuple[list[float], dict[str, list[float]]]:  # fmt: skip
-        """Fine-tune at each rate, without and with mild augmentation, on the sets `choosing`. Gives the test accuracy
-        for each of `sets` of what is best on validation images, and what all reached there."""
-        way, options, tried = fine_tune(encoder, self.classes, C), {}, {}
-        for lr in rates:
-            options[f"rate {lr:g}"] = replace(recipe, lr=lr)
-            options[f"rate {lr:g}, augmented"] = replace(recipe, lr=lr, augment=MILD)
-        for option, how in options.items():
-            tried[option] = self.train(name, way, how, choosing, "validation", C=C)
-        best = max(tried, key=lambda option: sum(tried[option]))
-        return self.train(name, way, options[best], sets, C=C), tried
+        self, name: str, way: Way, options: Mapping[str, Recipe], choosing: Tensor, sets: Tensor, **facts: Any
+    ) -> tuple[Recipe, list[float], dict[str, list[float]]]:
+        """The recipe that is best on validation images, trained on the sets `choosing`; the test accuracy that it
+        reaches for each of `sets`; and what all recipes reached on validation images."""
+        tried = {}
+        if len(options) > 1:
+            for option, recipe in options.items():
+                tried[option] = self.train(name, way, recipe, choosing, "validation", **facts)
+        best = options[max(options, key=lambda option: sum(tried.get(option, [])))]
+        return best, self.train(name, way, best, sets, **facts), tried
 
     def self_train(self, features: Mapping[str, Tensor], C: float, sets: Tensor) -> list[float]:
         """The test accuracy of `self_train` for each set; the rest of the pool are its unlabelled images."""
@@ -289,7 +295,7 @@ def choose(scores: Mapping[str, Sequence[float]]) -> str:
     return next(name for name in scores if name == best or paired(scores[best], scores[name]).tie)
 
 
-def steps(scores: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+def against(scores: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
     """Rows of a table: each method against the one before, on the label sets that both were tried on."""
     rows = []
     for name, before in pairs:

@@ -10,7 +10,7 @@ from pdl_utils.few_labels.simclr import SimCLR, cifar_encoder, knn_accuracy, knn
 from pdl_utils.images import Augmentation
 
 
-@pytest.mark.parametrize(("shape", "temperature"), [((1, 4), 0.5), ((2, 3), 0.1), ((33, 5), 0.5)])
+@pytest.mark.parametrize(("shape", "temperature"), [((1, 4), 0.5), ((33, 5), 0.1)])
 def test_the_loss_and_its_gradient_equal_those_of_lightly(shape, temperature):
     torch.manual_seed(0)
     ours = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
@@ -33,22 +33,18 @@ def test_the_loss_by_hand():
 
 
 def test_the_loss_is_computed_in_float32_under_autocast():
-    z = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    z1, z2 = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
-        inside = nt_xent_loss(z[0], z[1], 0.1)
-        half = nt_xent_loss(z[0].bfloat16(), z[1].bfloat16(), 0.1)
-    assert inside.dtype == half.dtype == torch.float32
-    assert inside.item() == nt_xent_loss(z[0], z[1], 0.1).item()
-    assert half.item() == pytest.approx(inside.item(), rel=2e-2)
+        inside = nt_xent_loss(z1, z2, 0.1)
+    assert inside.dtype == torch.float32
+    assert inside.item() == nt_xent_loss(z1, z2, 0.1).item()
 
 
 def test_knn_accuracy():
-    bank = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]])
-    queries = torch.tensor([[5.0, 0.5], [0.2, 3], [1, 0]])
-    accuracy = knn_accuracy(bank, torch.tensor([0, 0, 1, 1]), queries, torch.tensor([0, 1, 1]), k=2)
-    assert accuracy == pytest.approx(2 / 3)
-    near = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])  # one at cosine 1 outweighs two at 0.6
-    assert knn_accuracy(near, torch.tensor([0, 1, 1]), queries[2:], torch.tensor([0])) == 1
+    queries, bank = torch.tensor([[1.0, 0]]), torch.tensor([[1.0, 0], [0.6, 0.8], [0.6, 0.8], [0, 1]])
+    labels = torch.tensor([0, 1, 1, 1])  # one at cosine 1 outweighs two at 0.6
+    assert knn_accuracy(bank, labels, queries, torch.tensor([0]), k=3) == 1
+    assert knn_accuracy(bank, labels, torch.tensor([[5.0, 0], [0.2, 3]]), torch.tensor([0, 0]), k=3) == 0.5
 
 
 def two_kinds(count=64):
@@ -61,58 +57,36 @@ def two_kinds(count=64):
     return images, labels
 
 
-def small_model():
+def train(images, sizes, **options):
+    """A small model, pretrained; and its history."""
     torch.manual_seed(0)
-    return SimCLR(*cifar_encoder(16, 2))
+    model = SimCLR(*cifar_encoder(16, 2))
+    return model, pretrain(model, images, sizes, loss=nt_xent_loss, batch_size=16, label=None, **options)
 
 
 def test_pretraining_learns_and_a_monitor_measures_it():
     images, labels = two_kinds()
-    history = pretrain(
-        small_model(), images, [32] * 4, loss=nt_xent_loss, batch_size=16, lr=0.05,
-        evaluate=knn_monitor(images, labels, 40, 24), label=None,
-    )  # fmt: skip
+    _, history = train(images, [32] * 4, lr=0.05, evaluate=knn_monitor(images, labels, 40, 24))
     assert history["loss"][-1] < history["loss"][0]
     assert history["knn"][-1] > 0.9
-
-
-@pytest.mark.parametrize(("bank", "queries"), [(40, 25), (64, 1), (0, 10), (10, 0)])
-def test_a_monitor_asks_for_as_many_images_as_it_needs(bank, queries):
-    with pytest.raises(ValueError, match=f"a bank of {bank} and {queries} queries need as many images, not 64"):
-        knn_monitor(*two_kinds(), bank, queries)
+    with pytest.raises(ValueError, match="a bank of 40 and 25 queries need as many images, not 64"):
+        knn_monitor(images, labels, 40, 25)
 
 
 def test_views_without_augmentation_are_equal_and_the_loss_says_so():
     images, _ = two_kinds(32)
-    losses = [
-        pretrain(small_model(), images, [32], loss=nt_xent_loss, batch_size=16, lr=1e-9, augment=a, label=None)[
-            "loss"
-        ]
-        for a in (Augmentation(), Augmentation(flip=True, scale=(0.2, 1.0), jitter=0.5))
-    ]
-    assert losses[0] < losses[1]
+    _, same = train(images, [32], lr=1e-9, augment=Augmentation())
+    _, views = train(images, [32], lr=1e-9)
+    assert same["loss"] < views["loss"]
 
 
 def test_interrupted_it_goes_on_to_the_same_weights(tmp_path):
-    images, labels = two_kinds(32)
-
-    def run(file, patience=3):
-        model, monitor, seen = small_model(), knn_monitor(images, labels, 20, 12), []
-
-        def evaluate(network):
-            seen.append(monitor(network))
-            if len(seen) > patience:
-                raise KeyboardInterrupt
-            return seen[-1]
-
-        pretrain(
-            model, images, [16, 24, 32], loss=nt_xent_loss, batch_size=16, file=tmp_path / file,
-            evaluate=evaluate, label=None,
-        )  # fmt: skip
-        return model.state_dict()
-
-    whole = run("whole.pt")
-    with pytest.raises(KeyboardInterrupt):
-        run("pieces.pt", patience=1)
-    pieces = run("pieces.pt")
-    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    images, _ = two_kinds(32)
+    whole, _ = train(images, [16, 24, 32])
+    scores = iter([{"score": 0.5}])  # there is none for the second epoch
+    with pytest.raises(StopIteration):
+        train(images, [16, 24, 32], file=tmp_path / "state.pt", evaluate=lambda model: next(scores))
+    pieces, history = train(images, [16, 24, 32], file=tmp_path / "state.pt")
+    assert len(history["score"]) == 1  # it did go on
+    for ours, theirs in zip(pieces.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

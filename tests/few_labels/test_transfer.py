@@ -13,14 +13,15 @@ from pdl_utils.few_labels.lora import LoRA
 from pdl_utils.few_labels.transfer import (
     Recipe,
     Trials,
+    against,
     choose,
     fine_tune,
     from_scratch,
     linear_probe,
     paired,
     self_train,
-    steps,
     train_on,
+    with_and_without,
     without_head,
 )  # fmt: skip
 from pdl_utils.images import Augmentation, normalize, outputs
@@ -179,9 +180,9 @@ def test_of_options_that_tie_the_cheapest_is_chosen():
 
 
 def test_a_table_compares_on_the_label_sets_that_both_were_tried_on():
-    rows = steps({"probe": [0.5, 0.7, 0.9], "tuned": [0.6, 0.8]}, [("tuned", "probe")])
+    rows = against({"probe": [0.5, 0.7, 0.9], "tuned": [0.6, 0.8]}, [("tuned", "probe")])
     assert rows == [["tuned", "70.0% ± 14.1", "probe", "+10.0 points (+10.0 to +10.0)", "2"]]
-    assert "a tie" in steps({"a": [0.1, 0.3], "b": [0.3, 0.1]}, [("a", "b")])[0][3]
+    assert "a tie" in against({"a": [0.1, 0.3], "b": [0.3, 0.1]}, [("a", "b")])[0][3]
 
 
 @pytest.fixture
@@ -218,10 +219,13 @@ def test_trained_networks_are_kept_one_by_one_and_tuning_tries_each_rate_twice(t
     first = trials.train("scratch", from_scratch(3), recipe, sets[:2])
     assert trials.train("scratch", from_scratch(3), recipe, sets)[:2] == first
     assert names == ["scratch"] * 5
-    tuned, tried = trials.tune("tuned", without_head(small_resnet()), 1.0, recipe, [0.0, 1e-3], sets[2:], sets[:2])
+    way, options = fine_tune(without_head(small_resnet()), 3, C=1.0), with_and_without(recipe, [0.0, 1e-3])
+    best, tuned, tried = trials.tune("tuned", way, options, sets[2:], sets[:2])
     assert len(tuned) == 2
     assert list(tried) == ["rate 0", "rate 0, augmented", "rate 0.001", "rate 0.001, augmented"]
-    assert all(0 <= accuracy <= 1 for scores in [tuned, *tried.values()] for accuracy in scores)
+    assert sum(tried[next(o for o in options if options[o] == best)]) == max(map(sum, tried.values()))
+    only = trials.tune("tuned", way, {"one": recipe}, sets[2:], sets[:2])
+    assert (only[0], only[2]) == (recipe, {})  # nothing to choose
 
 
 def test_grey_images_of_any_number_of_classes_go_all_the_way():
