@@ -219,10 +219,7 @@ def test_the_runner_writes_copies_and_html_and_fails_when_a_cell_or_a_page_does(
     )
     bad = notebook(tmp_path / "bad.ipynb", "1 / 0")
     before = bad.read_bytes()
-    assert run(tmp_path / "out", good).returncode == 0
-    assert "42 seconds" in (tmp_path / "out" / "good.html").read_text(encoding="utf-8")
-    (tmp_path / "out" / "good.html").unlink()
-    (tmp_path / "out" / "good.html").mkdir()  # no page can be written there
+    (tmp_path / "out" / "good.html").mkdir(parents=True)  # no page can be written there
     ran = run(tmp_path / "out", good)
     assert ran.returncode == 1
     assert "failed: good" in ran.stderr
