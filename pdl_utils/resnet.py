@@ -101,7 +101,8 @@ def torchvision_network(
 
     ValueError: no such classifier. UnfitWeights: the user's file is damaged or for another network. NoRealData: no
     weights are to be had, and there is no `otherwise`."""
-    if arch not in (known := list_models(module=torchvision.models)):
+    known = list_models(module=torchvision.models)
+    if arch not in known:
         similar = ", ".join(get_close_matches(arch, known)) or ", ".join(known)
         raise ValueError(f"torchvision has no classifier {arch!r}; did you mean {similar}?")
     file = data_root() / "weights" / f"{arch}.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,15 +53,14 @@ def choose_classes(logits: Tensor, classes: Classes, top_k: int = 1, categories:
         if not 1 <= top_k <= count:
             raise ValueError(f"top_k={top_k}, but the network has {count} classes")
         return logits.topk(top_k).indices
-    if isinstance(classes, str):
-        classes = [classes] * n
-    if isinstance(classes, Sequence) and any(isinstance(name, str) for name in classes):
-        numbers = [find_class(name, categories) for name in classes]
+    if not isinstance(classes, Tensor) and np.asarray(classes).dtype.kind == "U":
+        named = np.asarray(classes)
+        numbers = [find_class(str(name), categories) for name in named.flat]
         if None in numbers:
-            name = classes[numbers.index(None)]
+            name = str(named.flat[numbers.index(None)])
             similar = ", ".join(get_close_matches(name, categories)) or "its number"
             raise ValueError(f"no class, or more than one, has the name {name!r}; try {similar}")
-        classes = numbers
+        classes = np.reshape(numbers, named.shape)
     chosen = torch.as_tensor(classes, device=logits.device)
     chosen = chosen.expand(n) if chosen.ndim == 0 else chosen
     chosen = chosen.unsqueeze(1) if chosen.ndim == 1 else chosen

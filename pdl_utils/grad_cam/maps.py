@@ -157,7 +157,7 @@ def guided_backprop(model: nn.Module, images: Tensor, classes: Classes = None, *
             met = ", ".join(sorted(guide.others)) or "no activation"
             raise ValueError(f"guided backpropagation needs ReLUs; this network's forward pass met {met}")
         classes = choose_classes(logits, classes, top_k, getattr(model, "categories", ()))
-        return class_gradients(logits, classes, {"images": pixels})["images"]
+        return finite(class_gradients(logits, classes, {"images": pixels})["images"], "the gradient")
 
 
 def guided_grad_cam(

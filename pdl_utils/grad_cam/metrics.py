@@ -101,7 +101,8 @@ def insertion_deletion(
     (N, steps + 1) each. Most important first by `maps` (N, H, W), and in random order where they are equal."""
     n, _, height, width = images.shape
     lot = torch.randperm(height * width, generator=torch.Generator().manual_seed(0)).to(images.device)
-    order = lot[finite(maps, "maps").to(images.device).flatten(1)[:, lot].argsort(dim=1, descending=True, stable=True)]
+    shuffled = finite(maps, "maps").to(images.device).flatten(1)[:, lot]
+    order = lot[shuffled.argsort(dim=1, descending=True, stable=True)]
     rank = order.argsort(dim=1).view(n, 1, height, width)  # 0 for the most important pixel
     blurred = gaussian_blur(images, 2 * round(3 * blur) + 1, blur)
     followed = []

@@ -40,7 +40,7 @@ def test_cell_by_cell_only_the_last_stage_stays_the_same(cells):
         return torch.stack([space["class_map"](model, layer, image[None], c) for image, c in pairs])
 
     mean, each = cells.run(*CORE), cells.run(*CORE, change={"gradient.mean((2, 3), keepdim=True)": "gradient"})
-    torch.testing.assert_close(maps_of(each, "layer4"), maps_of(mean, "layer4"))
+    torch.testing.assert_close(maps_of(each, "layer4"), maps_of(mean, "layer4"), rtol=1e-3, atol=1e-4)
     alike = [rank_correlation(maps_of(mean, f"layer{s}"), maps_of(each, f"layer{s}")).mean() for s in (1, 2, 3)]
     assert alike[0] < alike[1] < alike[2] < 0.8
     assert alike[0].abs() < 0.1

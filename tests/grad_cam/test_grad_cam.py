@@ -167,7 +167,8 @@ def test_ways_to_name_classes(resnet, images):
     several, model = [[0, 1], [2, 3], [4, 9]], copy.deepcopy(resnet)
     model.categories = [f"bird {i}" for i in range(10)]
     ways = [(0, [[0]] * 3), ([0, 1, 2], [[0], [1], [2]]), (torch.tensor(several, dtype=torch.uint8), several),
-            ("bird 4", [[4]] * 3), (["bird 4", "Bird 0", "bird 9"], [[4], [0], [9]])]  # fmt: skip
+            ("bird 4", [[4]] * 3), (["bird 4", "Bird 0", "bird 9"], [[4], [0], [9]]),
+            ([["bird 4", "bird 5"]] * 3, [[4, 5]] * 3)]  # fmt: skip
     for classes, expected in ways:
         cam = grad_cam(model, images, "layer4", classes)
         assert cam.classes.tolist() == expected
