@@ -193,6 +193,12 @@ def test_numbers_in_readmes_captions_are_results_rounded_from_the_tables_digits(
             assert number in percents | set(map(str, results)), number
 
 
+def test_figures_are_those_that_the_notebooks_draw():
+    code = "\n".join(map(code_of, NOTEBOOKS))
+    drawn = [path for path in (REPOSITORY / "figures").iterdir() if path.suffix in (".png", ".jpg")]
+    assert [path.name for path in drawn if f'"{path.stem}"' not in code] == []
+
+
 # The runner and the pages
 
 
