@@ -10,55 +10,44 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 from pdl_utils import training
 from pdl_utils.training import NonFiniteLoss, UnusableState, fit, run_file, sgd, warmup_cosine
 
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
+Y = X[:, :3].argmax(1)
 
-def problem(seed=0):
-    """A small classification task: model, batches of an epoch, loss, and all examples."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
-    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
-    y = x[:, :3].argmax(1)
 
-    def batches(epoch):
-        order = torch.randperm(60, generator=torch.Generator().manual_seed(epoch))
-        return [(x[rows], y[rows]) for rows in order.split(20)]
-
-    def loss(net, batch):
-        return F.cross_entropy(net(batch[0]), batch[1])
-
-    return model, batches, loss, (x, y)
+def loss(net, rows):
+    return F.cross_entropy(net(X[rows]), Y[rows])
 
 
 class Cut(Exception):
     """In place of a kill: the training ends before an epoch."""
 
 
-def train(epochs=4, file=None, *, cut=None, lr=0.03, optimizer=torch.optim.Adam, scores=None, **options):
+def train(
+    epochs=4, file=None, *, cut=None, lr=0.03, optimizer=torch.optim.Adam, loss_fn=loss, scores=None, **options
+):
     """Train for `epochs`, but end without warning before epoch `cut`; `scores` are what `evaluate` gives."""
-    model, whole, loss, (x, y) = problem()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
     steps = optimizer(model.parameters(), lr=lr)
 
     def batches(epoch):
         if epoch == cut:
             raise Cut
-        return whole(epoch)
+        return torch.randperm(60, generator=torch.Generator().manual_seed(epoch)).split(20)
 
     def evaluate(net):
-        score = (net(x).argmax(1) == y).float().mean() if scores is None else next(scores)
-        weights.append(net[0].weight.detach().clone())
-        return {"accuracy": score}
+        model.seen.append(net[0].weight.clone())
+        accuracy = (net(X).argmax(1) == Y).float().mean()
+        return {"accuracy": accuracy if scores is None else scores[len(model.seen) - 1]}
 
-    weights = []
-    options = {
-        "scheduler": warmup_cosine(steps, steps=30, warmup=3),
-        "evaluate": evaluate,
-        "label": None,
-    } | options
-    model.history = fit(model, batches, loss, steps, epochs=epochs, file=file, **options)
-    model.seen = weights  # of the first layer after each epoch
+    model.seen = []  # weights of the first layer after each epoch
+    options = {"scheduler": warmup_cosine(steps, 30, warmup=3), "evaluate": evaluate, "label": None} | options
+    model.history = fit(model, batches, loss_fn, steps, epochs=epochs, file=file, **options)
     return model
 
 
@@ -71,24 +60,21 @@ def test_it_learns_and_says_how():
 
 
 def test_it_trains_in_train_mode_and_evaluates_in_eval_mode_without_gradients():
-    model, batches, loss, _ = problem()
     seen = []
 
-    def watching(net, batch):
-        seen.append(("train", net[2].training, torch.is_grad_enabled()))
-        return loss(net, batch)
+    def watching(net, rows):
+        seen.append(("train", net.training, torch.is_grad_enabled()))
+        return loss(net, rows)
 
     def evaluate(net):
-        seen.append(("evaluate", net[2].training, torch.is_grad_enabled()))
+        seen.append(("evaluate", net.training, torch.is_grad_enabled()))
         return {}
 
-    fit(model, batches, watching, torch.optim.SGD(model.parameters()), epochs=2, evaluate=evaluate, label=None)
+    train(2, loss_fn=watching, evaluate=evaluate)
     assert seen == 2 * [*3 * [("train", True, True)], ("evaluate", False, False)]
 
 
 def test_a_bar_is_on_stdout_ends_at_the_last_epoch_and_is_closed_by_an_interruption(capsys, recwarn):
-    train(4, label="demo")
-    assert "demo: 100%" in capsys.readouterr().out
     with pytest.raises(Cut):
         train(4, label="cut", cut=2)
     train(4, label="next")
@@ -108,106 +94,81 @@ def test_interrupted_and_resumed_equals_unbroken_and_a_finished_training_is_read
         resumed = train(10, file, cut=cut)
         for name in ("loss", "accuracy"):
             assert resumed.history[name] == unbroken.history[name]
-        for ours, theirs in zip(resumed.parameters(), unbroken.parameters(), strict=True):
-            assert torch.equal(ours, theirs)
+        assert torch.equal(parameters_to_vector(resumed.parameters()), parameters_to_vector(unbroken.parameters()))
         assert not resumed.training
-    parts = {"model", "optimizer", "scheduler", "random", "history", "best", "settings"}
-    assert set(torch.load(file, weights_only=True)) == parts
 
 
-@pytest.mark.parametrize(
-    ("scores", "kept"),
-    [([0.1, 0.9, 0.5, 0.3], 1), ([math.nan, 0.1, math.inf, 0.5], 3), ([0.2, math.nan], 0), ([math.nan] * 2, -1)],
-)
+@pytest.mark.parametrize(("scores", "kept"), [([math.nan, 0.9, math.inf, 0.5], 1), ([math.nan] * 2, -1)])
 def test_keep_best_restores_the_epoch_of_the_largest_finite_score_also_when_read_back(scores, kept, tmp_path):
-    options = {"file": tmp_path / "state.pt", "keep_best": "accuracy"}
-    seen = train(len(scores), scores=iter(scores), **options).seen
-    again = train(len(scores), cut=0, **options)
-    assert torch.equal(again[0].weight, seen[kept])
+    options = {"file": tmp_path / "state.pt", "keep_best": "accuracy", "scores": scores}
+    first, again = train(len(scores), **options), train(len(scores), cut=0, **options)
+    assert torch.equal(first[0].weight, first.seen[kept])
+    assert torch.equal(again[0].weight, first.seen[kept])
 
 
-@pytest.mark.parametrize(
-    ("other", "difference"),
-    [
-        ({"lr": 0.05}, "lr of parameters 0 is 0.05, was 0.03"),
-        ({"epochs": 5}, "epochs is 5, was 4"),
-        ({"optimizer": torch.optim.RMSprop}, "optimizer is RMSprop, was Adam"),
-        ({"keep_best": "accuracy"}, "keep_best is accuracy, was None"),
-        ({"clip_norm": 1.0}, "clip_norm is 1.0, was None"),
-    ],
-)
-@pytest.mark.parametrize("cut", [2, None], ids=["unfinished", "finished"])
-def test_a_file_of_other_settings_is_refused_with_the_difference(other, difference, cut, tmp_path):
+def test_a_file_of_other_settings_is_refused_with_the_difference_and_kept(tmp_path):
     file = tmp_path / "state.pt"
-    if cut:
-        with pytest.raises(Cut):
-            train(file=file, cut=cut)
-    else:
-        train(file=file)
+    with pytest.raises(Cut):
+        train(file=file, cut=2)
     before = file.read_bytes()
-    with pytest.raises(UnusableState, match=f"other settings: .*{difference}"):
-        train(file=file, **other)
+    others = {
+        "lr of parameters 0 is 0.05, was 0.03": {"lr": 0.05},
+        "epochs is 5, was 4": {"epochs": 5},
+        "optimizer is RMSprop, was Adam": {"optimizer": torch.optim.RMSprop},
+        "keep_best is accuracy, was None": {"keep_best": "accuracy"},
+        "clip_norm is 1.0, was None": {"clip_norm": 1.0},
+    }
+    for difference, other in others.items():
+        with pytest.raises(UnusableState, match=f"other settings: .*{difference}"):
+            train(file=file, **other)
     assert file.read_bytes() == before
 
 
-def changed(change):
-    """A function that saves a state with `change` made to what it holds."""
-    return lambda file: torch.save(change(torch.load(file, weights_only=True)), file)
-
-
-OTHERS = {  # how a file is made unusable
-    "another model": changed(lambda state: {**state, "model": {"weight": torch.zeros(2)}}),
-    "another optimizer": changed(lambda state: {**state, "optimizer": {"state": {}, "param_groups": []}}),
-    "no scheduler": changed(lambda state: {name: part for name, part in state.items() if name != "scheduler"}),
-    "weights alone": changed(lambda state: state["model"]),
-    "a tensor": changed(lambda state: torch.zeros(3)),
-    "half a file": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "an empty file": lambda file: file.write_bytes(b""),
-    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_a_state_of_something_else_is_named_and_kept(other, tmp_path):
+def test_a_file_that_is_damaged_or_of_something_else_is_named_and_kept(tmp_path):
     file = tmp_path / "state.pt"
-    train(2, file)
-    OTHERS[other](file)
-    before = file.read_bytes()
-    with pytest.raises(UnusableState, match=r"state\.pt is (of another model|damaged or no training)"):
-        train(2, file)
-    assert file.read_bytes() == before
+    train(1, file)
+    whole, state = file.read_bytes(), torch.load(file, weights_only=True)
+    another_model = {**state, "model": {"weight": torch.zeros(2)}}
+    for content in (whole[: len(whole) // 2], b"", state["model"], another_model):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+        before = file.read_bytes()
+        with pytest.raises(UnusableState, match=r"state\.pt is (of another model|damaged or no training)"):
+            train(1, file)
+        assert file.read_bytes() == before
 
 
 def test_a_state_that_cannot_be_opened_is_not_called_damaged(tmp_path):
     with pytest.raises(IsADirectoryError):
-        train(2, tmp_path)
+        train(1, tmp_path)
 
 
 def test_of_several_processes_the_first_saves(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    train(2, tmp_path / "state.pt")
+    train(1, tmp_path / "state.pt")
     assert not list(tmp_path.iterdir())
 
 
+def tiny(batches, **options):
+    """One epoch of a model with an attribute `module`, which makes it no wrapper."""
+    model = nn.Linear(1, 1)
+    model.module = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    return model, fit(model, lambda epoch: batches, lambda net, x: net(x).sum(), optimizer, epochs=1, **options)
+
+
 def test_a_wrapper_is_known_by_its_type():
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.module, self.head = nn.Linear(4, 4), nn.Linear(4, 3)  # an attribute of this name makes no wrapper
-
-        def forward(self, x):
-            return self.head(self.module(x))
-
-    model, seen = Network(), []
-    _, batches, loss, _ = problem()
-
-    def evaluate(net):
-        seen.append(net)
-        return {}
-
-    fit(model, batches, loss, torch.optim.SGD(model.parameters()), epochs=1, evaluate=evaluate, label=None)
+    seen = []
+    model, _ = tiny([torch.ones(1)], evaluate=lambda net: seen.append(net) or {}, label=None)
     assert seen == [model]
+
+
+def test_an_epoch_without_a_batch_is_named():
+    with pytest.raises(ValueError, match="demo, epoch 1: no batch; are there fewer examples"):
+        tiny([], label="demo")
 
 
 def test_numbers_of_evaluate_are_made_plain_and_reserved_names_refused(tmp_path):
@@ -218,51 +179,37 @@ def test_numbers_of_evaluate_are_made_plain_and_reserved_names_refused(tmp_path)
         train(2, evaluate=lambda net: {"loss": 1.0, "seconds": 2.0})
 
 
-def test_an_epoch_without_a_batch_is_named():
-    model, _, loss, _ = problem()
-    with pytest.raises(ValueError, match="demo, epoch 1: no batch; are there fewer examples"):
-        fit(model, lambda epoch: [], loss, torch.optim.SGD(model.parameters()), epochs=1, label="demo")
-
-
 def test_a_loss_that_is_not_finite_stops_before_the_step():
-    model, batches, _, _ = problem()
-    before = [p.clone() for p in model.parameters()]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    nets = []
+
+    def nonsense(net, rows):
+        nets.append(net)
+        return loss(net, rows) * math.nan
+
     with pytest.raises(NonFiniteLoss, match=r"demo, epoch 1, batch 1: loss is nan; lower the learning rate"):
-        fit(model, batches, lambda net, batch: net(batch[0]).sum() * math.nan, optimizer, epochs=1, label="demo")
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        train(1, loss_fn=nonsense, label="demo")
+    assert torch.equal(parameters_to_vector(nets[0].parameters()), parameters_to_vector(train(0).parameters()))
 
 
-@pytest.mark.parametrize(
-    ("batch", "message"), [(5, "train, epoch 2: weights"), (4, "train, epoch 2, batch 3: loss")]
-)
-def test_weights_that_are_not_finite_are_not_saved(batch, message, tmp_path):
-    """The loss is finite, its gradient is not: in the second epoch's last batch, or before it."""
-    model, batches, loss, _ = problem()
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss is finite, its gradient is not: in the second epoch's last batch."""
     count, file = iter(range(9)), tmp_path / "state.pt"
 
-    def breaks(net, data):
+    def breaks(net, rows):
         root = (net[0].weight.sum() * 0).sqrt()  # 0, with a gradient of 0 · ∞
-        return loss(net, data) + (root if next(count) == batch else 0)
+        return loss(net, rows) + (root if next(count) == 5 else 0)
 
-    with pytest.raises(NonFiniteLoss, match=message):
-        fit(model, batches, breaks, torch.optim.SGD(model.parameters(), lr=0.1), epochs=3, file=file, label=None)
+    with pytest.raises(NonFiniteLoss, match="train, epoch 2: weights"):
+        train(3, file, loss_fn=breaks)
     state = torch.load(file, weights_only=True)
     assert len(state["history"]) == 1
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_gradients_are_clipped():
-    norms = []
-
-    class Spy(torch.optim.SGD):
-        def step(self, closure=None):
-            gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
-            norms.append(torch.cat(gradients).norm().item())
-            return super().step(closure)
-
-    train(1, optimizer=Spy, clip_norm=1e-3)
-    assert 0 < max(norms) <= 1.001e-3
+    still, moved = train(0), train(1, optimizer=torch.optim.SGD, lr=1.0, clip_norm=1e-3)
+    way = parameters_to_vector(moved.parameters()) - parameters_to_vector(still.parameters())
+    assert 0 < way.norm() <= 3.003e-3  # three steps
 
 
 def test_schedule_and_decay_groups():
@@ -309,21 +256,19 @@ class Layer(nn.Module):
         ("leaky_relu(x", "leaky_relu(2 * x", True),  # in what the loss uses
         ("SLOPE = 0.2", "SLOPE = 0.3", True),
         ("A sentence.", "A better sentence.", False),
-        ("def helper", "# A comment.\ndef helper", False),
     ],
 )
 def test_a_changed_layer_or_loss_is_another_file_and_a_better_sentence_is_not(
     old, new, trains_anew, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("PDL_DATA", str(tmp_path))
-    names = []
+    names = set()
     for number, code in enumerate([CODE, CODE.replace(old, new)]):
         path, module = tmp_path / f"version_{number}.py", ModuleType("notebook_of_a_reader")
         path.write_text(code)
         exec(compile(code, str(path), "exec"), vars(module))
         monkeypatch.setitem(sys.modules, "notebook_of_a_reader", module)
-        names.append(run_file("a net", nn.Sequential(module.Layer(), nn.ReLU()), module.loss, seed=0))
-    assert (names[0] != names[1]) is trains_anew
+        names.add(run_file("a net", nn.Sequential(module.Layer(), nn.ReLU()), module.loss, seed=0))
+    assert len(names) == (2 if trains_anew else 1)
 
 
 def test_another_setting_or_loop_is_another_file(monkeypatch, tmp_path):
