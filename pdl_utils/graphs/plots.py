@@ -123,7 +123,7 @@ def seed_points(axis: Axes, values: Mapping[str, Sequence[float]], *, xlabel: st
         axis.plot([mean - spread, mean + spread], [row, row], color="black", linewidth=1.5, zorder=2)
         axis.scatter(seeds, [row + 0.24] * len(seeds), s=14, color=COLORS[1], marker="|", zorder=3)
         axis.scatter(mean, row, s=36, color=COLORS[0], zorder=4)
-        text = f"{mean:.3f}" + (f" ± {spread:.3f}" if len(seeds) > 1 else "")
+        text = f"{mean:.4f}" + (f" ± {spread:.4f}" if len(seeds) > 1 else "")
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
         axis.annotate(text, (mean, row), (0, 6), textcoords="offset points", ha="center", bbox=box)
     axis.set_yticks(range(len(values)), list(values))

@@ -38,7 +38,7 @@ def test_graphs_show_attention_as_width_and_as_a_number(axes):
 
 def test_points_show_the_numbers_given(axes):
     plots.seed_points(axes[0], {"GAT": [0.90, 0.94, 0.98], "alone": [0.5]}, xlabel="F1", title="")
-    assert [text.get_text() for text in axes[0].texts] == ["0.940 ± 0.040", "0.500"]  # sample deviation
+    assert [text.get_text() for text in axes[0].texts] == ["0.9400 ± 0.0400", "0.5000"]  # sample deviation
     plots.attention_matrix(axes[1], torch.eye(3), title="")
     plots.two_sides(axes[2], {"GAT": [[0.2, 0.9]]}, title="")
     assert axes[2].collections[-1].get_offsets().tolist() == [[0.2, 0.9]]
