@@ -1,10 +1,8 @@
-"""Faults, made for real: kills, full disks, pickles that run code, several processes.
+"""Faults, made for real: kills, full disks, pickles that run code.
 
 After every fault: nothing lost, nothing half-written, and the next run goes on. Faults that belong to one module
 are tried in its own tests; docs/reliability.md lists them all.
 """
-
-from __future__ import annotations
 
 import math
 import multiprocessing
@@ -16,12 +14,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -30,62 +26,57 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from pdl_utils import notebook, resnet
+from pdl_utils import resnet
 from pdl_utils.datasets import DamagedFile, cifar10, ppi
-from pdl_utils.notebook import Run
 from pdl_utils.settings import data_root, save_atomically
-from pdl_utils.training import History, UnusableState, fit
+from pdl_utils.training import UnusableState, fit
 from pdl_utils.weights import save_weights
 
-POSIX = os.name == "posix"
-posix = pytest.mark.skipif(not POSIX, reason="needs fork, SIGKILL and limits of POSIX systems")
-FORK = multiprocessing.get_context("fork") if POSIX else None  # a child has the parent's patches
+posix = pytest.mark.skipif(os.name != "posix", reason="needs fork, SIGKILL and limits of POSIX systems")
 KILLS = 20
 
 
-def train(epochs: int, file: Path | None = None) -> tuple[nn.Module, History]:
-    """A small training, three batches an epoch."""
+def train(epochs, file=None):
+    """A small training, three batches an epoch: the model and its history."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
     x = torch.randn(60, 4)
 
-    def batches(epoch: int) -> tuple[torch.Tensor, ...]:
+    def batches(epoch):
         return x[torch.randperm(60, generator=torch.Generator().manual_seed(epoch))].split(20)
 
-    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    def loss(model, batch):
         return F.cross_entropy(model(batch), batch[:, :3].argmax(1))
 
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     return model, fit(model, batches, loss, optimizer, epochs=epochs, file=file, label=None)
 
 
-def start(work: Callable[[], object]) -> multiprocessing.Process:
-    """Call `work` in a process that has all that this one has, patches, too."""
+def exit_code_of(work):
+    """Of a process that calls `work` and has all that this one has."""
 
-    def run() -> None:
+    def run():
         torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork, which would wait for them forever
         work()
 
-    process = FORK.Process(target=run)
+    process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    return process
+    process.join(120)
+    return process.exitcode
 
 
 # Killed
 
 
-def kill_and_restart(folder: Path) -> None:
-    """Train in processes that are killed at random moments and restarted until they are done; again, until
-    `KILLS` have struck. Each finished training must equal one that nothing has struck.
-
-    A moment is a number of function calls, which a slow disk or a busy processor does not change.
-    """
+def kill_and_restart(folder):
+    """Train in processes that are killed at random moments and restarted, until `KILLS` have struck; each finished
+    training must equal an unbroken one. A moment is a number of function calls: no matter how busy the machine."""
     moments, epochs = random.Random(0), []  # epochs: what each kill left behind
 
-    def finish(run: Path, kill_at: float) -> None:
+    def finish(run, kill_at=math.inf):
         calls = 0
 
-        def count(frame: object, event: str, argument: object) -> None:
+        def count(frame, event, argument):
             nonlocal calls
             calls += event in ("call", "c_call")
             if calls >= kill_at:
@@ -96,22 +87,18 @@ def kill_and_restart(folder: Path) -> None:
         sys.setprofile(None)
         torch.save([calls, model.state_dict(), history["loss"]], run / "result")
 
-    def run_once(run: Path, kill_at: float = math.inf) -> int:
-        process = start(partial(finish, run, kill_at))
-        process.join()
-        return process.exitcode
-
     # tqdm's own lock is shared with every fork: one that is killed while it holds it would block all others.
     tqdm.set_lock(threading.RLock())
     train(1)  # imports what every process would have to import again
-    assert run_once(folder / "unbroken") == 0
-    calls, weights, losses = torch.load(folder / "unbroken" / "result", weights_only=True)
+    assert exit_code_of(partial(finish, folder)) == 0
+    calls, weights, losses = torch.load(folder / "result", weights_only=True)
     while len(epochs) < KILLS:
-        run, exitcode = Path(mkdtemp(dir=folder)), None
-        while exitcode != 0:
-            exitcode = run_once(run, moments.uniform(1, calls / 2) if len(epochs) < KILLS else math.inf)
-            assert exitcode in (0, -signal.SIGKILL), exitcode
-            if exitcode:
+        run, exit_code = Path(mkdtemp(dir=folder)), None
+        while exit_code != 0:
+            kill_at = moments.uniform(1, calls / 2) if len(epochs) < KILLS else math.inf
+            exit_code = exit_code_of(partial(finish, run, kill_at))
+            assert exit_code in (0, -signal.SIGKILL), exit_code
+            if exit_code:
                 state = run / "state.pt"
                 epochs.append(len(torch.load(state, weights_only=True)["history"]) if state.exists() else 0)
         _, resumed, theirs = torch.load(run / "result", weights_only=True)
@@ -125,11 +112,10 @@ def kill_and_restart(folder: Path) -> None:
 @posix
 def test_training_killed_at_20_random_moments_ends_in_the_same_weights(tmp_path):
     """In a process without a GPU, whose threads would not live on in a fork."""
-    finished = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert ran.returncode == 0, ran.stderr
 
 
 @posix
@@ -138,66 +124,49 @@ def test_killed_while_saving_the_old_file_stays(tmp_path, written):
     file = tmp_path / "state.pt"
     file.write_text("old")
 
-    def killed(partial: Path) -> None:
+    def killed(partial):
         partial.write_text(written)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    child = start(lambda: save_atomically(killed, file))
-    child.join(30)
-    assert child.exitcode == -signal.SIGKILL
+    assert exit_code_of(lambda: save_atomically(killed, file)) == -signal.SIGKILL
     assert file.read_text() == "old"
     (tmp_path / f".state.pt.{os.getpid()}.partial").write_text("left by an earlier process of the same number")
     save_atomically(lambda partial: partial.write_text("new"), file)
     assert file.read_text() == "new"
-    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", f".state.pt.{child.pid}.partial"}
 
 
 # No space left
 
 
-def save_figure(file: Path, version: int) -> None:
-    figure, axis = plt.subplots()
-    axis.plot([0, version])
-    run = Run("1_grad_cam", "full")
-    run.show(figure, file.stem, "a line")
-    if "figures" in run.rows:  # the notebook goes on, and says so
-        raise OSError(run.rows["figures"])
+def save_state(file, weights):
+    save_atomically(partial(torch.save, weights), file)
 
 
-def weights(version: int) -> dict[str, torch.Tensor]:
-    return {"w": torch.full((50, 50), float(version))}
-
-
-SAVED = {  # file → how a version of it, 1 or 2, is saved; its folder is also that of figures
-    "state.pt": lambda file, version: save_atomically(partial(torch.save, weights(version)), file),
-    "net.safetensors": lambda file, version: save_weights(file, weights(version), {"version": version}),
-    "line.png": save_figure,
-}
+def save_network(file, weights):
+    save_weights(file, weights, {})
 
 
 @posix
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
-@pytest.mark.parametrize("name", SAVED)
-def test_a_full_disk_loses_nothing_and_leaves_nothing_half(name, share, tmp_path, monkeypatch):
+@pytest.mark.parametrize("save", [save_state, save_network])
+def test_a_full_disk_loses_nothing_and_leaves_nothing_half(save, share, tmp_path):
     import resource  # POSIX only
 
-    monkeypatch.setenv("PDL_FIGURES", str(tmp_path))
-    monkeypatch.setattr(notebook, "display", lambda *_, **__: None)  # pytest writes what is shown to a file, too
-    SAVED[name](tmp_path / name, 1)
+    file = tmp_path / "net"
+    save(file, {"w": torch.zeros(50, 50)})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before[name])), hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before["net"])), hard))
     try:
         with pytest.raises((OSError, SafetensorError)) as caught:
-            SAVED[name](tmp_path / name, 2)
+            save(file, {"w": torch.ones(50, 50)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    if name != "net.safetensors":  # torch itself names neither the file nor the cause
-        assert f"{name} cannot be written; is the disk full" in str(caught.value)
+    if save is save_state:  # torch itself names neither the file nor the cause
+        assert "net cannot be written; is the disk full" in str(caught.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    SAVED[name](tmp_path / name, 2)  # there is space again
-    assert (tmp_path / name).read_bytes() != before[name]
-    assert {path.name for path in tmp_path.iterdir()} == set(before)
+    save(file, {"w": torch.ones(50, 50)})  # there is space again
+    assert file.read_bytes() != before["net"]
 
 
 # Pickles that run code
@@ -206,20 +175,20 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half(name, share, tmp_path
 class Bomb:
     """Unpickled by something that is not careful, it runs code that makes a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
+    def __init__(self, folder):
+        self.folder = folder
 
     def __reduce__(self):
-        return exec, (f"import os; os.mkdir({self.folder!r})",)
+        return os.mkdir, (str(self.folder),)
 
 
 @pytest.fixture
-def bomb(tmp_path) -> Iterator[Bomb]:
+def bomb(tmp_path):
     bomb = Bomb(tmp_path / "it ran")
     pickle.loads(pickle.dumps(bomb))
-    Path(bomb.folder).rmdir()  # it was there: the bomb is live
+    bomb.folder.rmdir()  # it was there: the bomb is live
     yield bomb
-    assert not Path(bomb.folder).exists()
+    assert not bomb.folder.exists()
 
 
 @pytest.mark.parametrize("zipped", [False, True])
