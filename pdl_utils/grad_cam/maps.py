@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from pdl_utils.grad_cam.checks import Classes, choose_classes, class_scores, feature_maps, finite, float_batch
 from pdl_utils.grad_cam.hooks import evaluating, record_activations
+from pdl_utils.images import resize
 from pdl_utils.resnet import PretrainedNetwork
 
 
@@ -97,13 +98,15 @@ def explain_photos(
     signed: bool = False,
     batch: int = 32,
 ) -> ClassMaps:
-    """`grad_cam` of any number of uint8 (N, 3, H, W), `batch` at a time; what it gives is on the CPU."""
+    """`grad_cam` of any number of uint8 (N, 3, H, W), `batch` at a time, resized to the network's `size` (of the
+    shorter side); what it gives is on the CPU."""
     kept = []
     for some, asked in zip(photos.split(batch), classes.split(batch), strict=True):
-        kept.append(grad_cam(network.model, network.preprocess(some), layers, asked, signed=signed))
+        images = network.preprocess(resize(some, network.size))
+        kept.append(grad_cam(network.model, images, layers, asked, signed=signed))
     maps = {name: torch.cat([part.maps[name] for part in kept]).cpu() for name in kept[0].maps}
     chosen, logits = torch.cat([part.classes for part in kept]), torch.cat([part.logits for part in kept])
-    return ClassMaps(maps, chosen.cpu(), logits.cpu(), tuple(photos.shape[-2:]), signed)
+    return ClassMaps(maps, chosen.cpu(), logits.cpu(), kept[0].size, signed)
 
 
 def class_gradients(logits: Tensor, classes: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
