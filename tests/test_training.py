@@ -74,7 +74,8 @@ def test_it_trains_in_train_mode_and_evaluates_in_eval_mode_without_gradients():
     assert seen == 2 * [*3 * [("train", True, True)], ("evaluate", False, False)]
 
 
-def test_a_bar_is_on_stdout_ends_at_the_last_epoch_and_is_closed_by_an_interruption(capsys, recwarn):
+def test_a_bar_is_on_stdout_ends_at_the_last_epoch_and_is_closed_by_an_interruption(capsys, recwarn, monkeypatch):
+    monkeypatch.delenv("PDL_PROGRESS", raising=False)  # `make test` sets it
     with pytest.raises(Cut):
         train(4, label="cut", cut=2)
     train(4, label="next")
