@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from sklearn.manifold import TSNE
-from sklearn.metrics import confusion_matrix
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from pdl_utils.plots import COLORS, MARKERS, comparison, curves, to_pixels
+from pdl_utils.plots import COLORS, STYLES, curves, to_pixels
 
 
 def images_in_rows(rows: Mapping[str, Tensor], title: str, width: float = 8) -> Figure:
@@ -25,84 +23,107 @@ def images_in_rows(rows: Mapping[str, Tensor], title: str, width: float = 8) -> 
         axis.imshow(to_pixels(strip))
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-        axis.set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
 
 
-def accuracy_bars(
-    runs: Mapping[str, Sequence[float]], title: str, *, xlabel: str, references: Mapping[str, float]
-) -> Figure:
-    """A bar for the mean of each method's runs, with their range."""
-    figure, axis = plt.subplots(figsize=(9, 0.8 + 0.33 * len(runs)))
-    spread = {name: (float(np.mean(values)), min(values), max(values)) for name, values in runs.items()}
-    comparison(axis, spread, xlabel=xlabel, title=title, references=references)
+def dots(runs: Mapping[str, Sequence[float]], title: str, xlabel: str, references: Mapping[str, float]) -> Figure:
+    """A row a name: a small dot for each label set or seed, a large one for their mean, with its number."""
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.27 * len(runs)))
+    for row, values in enumerate(runs.values()):
+        axis.plot(values, [row] * len(values), "o", color=COLORS[0], alpha=0.25, markersize=5, markeredgewidth=0)
+        axis.plot(np.mean(values), row, "D", color=COLORS[5], markersize=5)
+        axis.annotate(f"{np.mean(values):.3f}", (1.01, row), xycoords=("axes fraction", "data"), va="center")
+    for (name, value), style in zip(references.items(), STYLES[1:], strict=False):
+        axis.axvline(value, color="black", linestyle=style, linewidth=1, label=name)
+    axis.set(
+        yticks=range(len(runs)), yticklabels=list(runs), ylim=(len(runs) - 0.5, -0.5), xlabel=xlabel, title=title
+    )
+    if references:
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     return figure
 
 
 def lines(
-    x: Sequence[float], series: Mapping[str, Sequence], title: str, *, xlabel: str, ylabel: str,
+    x: Sequence[float], series: Mapping[str, Sequence], title: str, xlabel: str, ylabel: str,
     references: Mapping[str, float] | None = None,
 ) -> Figure:  # fmt: skip
     """Curves over a logarithmic x, each one line (X,) or several (runs, X), and horizontal lines."""
-    figure, axis = plt.subplots(figsize=(7, 3.2))
+    figure, axis = plt.subplots(figsize=(8, 3.2))
     curves(axis, x, series, xlabel=xlabel, ylabel=ylabel, title=title)
     for (name, value), style in zip((references or {}).items(), ("--", ":"), strict=False):
         axis.axhline(value, color="black", linestyle=style, linewidth=1, label=name)
     axis.set(xscale="log", xticks=x, xticklabels=x)
     axis.minorticks_off()
-    axis.legend()
+    axis.get_legend().remove()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
-def two_curves(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]], title: str) -> Figure:
-    """Two curves over epochs, each in its own axes."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6))
-    for axis, series, text in zip(axes, (first, second), (title, ""), strict=True):
-        ((name, values),) = series.items()
-        curves(axis, range(1, len(values) + 1), series, xlabel="epoch", ylabel=name, title=text)
+def over_epochs(panels: Mapping[str, Mapping[str, Sequence[float] | float]]) -> Figure:
+    """Curves over epochs, a panel each name; a single number is a horizontal line."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(8.2, 3))
+    for axis, (ylabel, series) in zip(axes, panels.items(), strict=True):
+        drawn = {name: values for name, values in series.items() if np.ndim(values)}
+        epochs = range(1, 1 + max(map(len, drawn.values())))
+        curves(axis, epochs, drawn, xlabel="epoch", ylabel=ylabel, title="")
+        flat = [(name, value) for name, value in series.items() if name not in drawn]
+        for (name, value), style in zip(flat, STYLES[1:], strict=False):
+            axis.axhline(value, color="black", linestyle=style, linewidth=1, label=name)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.get_legend().remove()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
-def confusion(probabilities: Tensor, labels: Tensor, classes: Sequence[str], title: str) -> tuple[Figure, Tensor]:
-    """Which class is taken for which, as shares of the true class (a row each); the figure, and those shares."""
-    guesses, every = probabilities.argmax(1), range(len(classes))
-    matrix = confusion_matrix(labels, guesses, labels=every, normalize="true")
-    figure, axis = plt.subplots(figsize=(5.6, 4.6))
-    picture = axis.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-    for i, j in np.ndindex(matrix.shape):
-        color = "white" if matrix[i, j] > 0.55 else "black"
-        axis.text(j, i, f"{matrix[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=7, color=color)
-    axis.set_xticks(every, classes, rotation=45, ha="right")
-    axis.set_yticks(every, classes)
-    axis.set(xlabel="guess", ylabel="truth", title=title)
-    axis.grid(visible=False)
-    figure.colorbar(picture, label="share of the class")
-    return figure, torch.from_numpy(matrix)
-
-
-def tsne_maps(features: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str], tag: str) -> Figure:
-    """t-SNE of several sets of features (N, D) of the same images, coloured by class."""
-    colors = [*COLORS, "#999999", "#882255"]
-    figure, axes = plt.subplots(1, len(features), figsize=(5 * len(features), 4.2))
-    for axis, (name, values) in zip(axes, features.items(), strict=True):
-        places = TSNE(random_state=0, init="pca").fit_transform(values.cpu().numpy())
-        for c, text in enumerate(classes):
-            mine = places[labels.numpy() == c]
-            axis.scatter(*mine.T, s=9, color=colors[c], marker=f"{MARKERS}<>"[c], label=text, lw=0)
-        axis.set(xticks=[], yticks=[], title=f"{name}{tag}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=2)
+def two_matrices(matrices: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
+    """Similarities (2N, 2N) of N images' first and then second views; the partners' cells are framed."""
+    figure, axes = plt.subplots(1, len(matrices), figsize=(8, 3.9))
+    for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
+        picture = axis.imshow(matrix.detach().cpu(), cmap="PuOr_r", vmin=-1, vmax=1)
+        for i in range(len(names)):
+            j = (i + len(names) // 2) % len(names)
+            axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2))
+        axis.set_xticks(range(len(names)), names)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_title(title)
+        axis.grid(visible=False)
+    figure.colorbar(picture, ax=axes, label="cosine", shrink=0.8)
     return figure
 
 
-def update_ranks(shares: Mapping[str, tuple[Tensor, Tensor]], title: str) -> Figure:
-    """For each layer the cumulative share of the squared singular values of its update, and of a random matrix."""
-    figure, axis = plt.subplots(figsize=(7, 3))
-    for color, style, (name, (update, noise)) in zip(COLORS, ("-", "--", "-."), shares.items(), strict=False):
-        ranks = range(1, len(update) + 1)
-        axis.plot(ranks, update, color=color, linestyle=style, label=name)
-        axis.plot(ranks, noise, color=color, linestyle=":", linewidth=1)
-    axis.set(xscale="log", xlabel="rank", ylabel="share of ‖ΔW‖²", title=title)
-    axis.legend(title="dotted: random matrices")
+def simclr_drawing(image: Tensor, views: Sequence[Tensor]) -> Figure:
+    """An image (3, H, W), its two views, and their way through f and g to the loss."""
+    figure, axis = plt.subplots(figsize=(8, 2.3))
+    axis.set(xlim=(0, 16), ylim=(0, 4.2), aspect="equal")
+    axis.set_axis_off()
+    axis.imshow(to_pixels(image), extent=(0.2, 2.0, 1.2, 3.0))
+    box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": "black"}
+    for view, y in zip(views, (3.2, 1.0), strict=True):
+        axis.imshow(to_pixels(view), extent=(3.4, 5.0, y - 0.8, y + 0.8))
+        for x, text in ((6.9, "f\nencoder"), (8.9, "h\nfeatures"), (10.9, "g\nhead"), (12.7, "z")):
+            axis.text(x, y, text, ha="center", va="center", bbox=box if text[0] in "fg" else None)
+        for left, right in ((5.2, 6.1), (7.7, 8.2), (9.6, 10.2), (11.6, 12.4)):
+            axis.annotate("", (right, y), (left, y), arrowprops={"arrowstyle": "->"})
+        axis.annotate("", (3.3, y), (2.1, 2.1), arrowprops={"arrowstyle": "->"})
+    axis.annotate("", (12.7, 2.8), (12.7, 1.4), arrowprops={"arrowstyle": "<->"})
+    axis.text(13.0, 2.1, "the loss pulls\nthem together", va="center")
+    axis.text(8.9, 2.1, "kept: h", ha="center", va="center", color=COLORS[2], weight="bold")
+    axis.text(10.9, 2.1, "dropped: g", ha="center", va="center", color=COLORS[5], weight="bold")
+    return figure
+
+
+def low_rank_drawing(out: int, into: int, rank: int) -> Figure:
+    """W (out, into) and the product of B (out, rank) and A (rank, into), drawn to scale."""
+    figure, axis = plt.subplots(figsize=(7.5, 2.9))
+    places = {"W": (0, 0, into, out), "B": (into + 500, 0, rank, out), "A": (into + 950, out - rank, into, rank)}
+    for color, (name, (x, y, width, height)) in zip(COLORS, places.items(), strict=False):
+        axis.add_patch(Rectangle((x, y), width, height, color=color))
+        above = f"{name}\n{height} · {width} = {height * width:,}"
+        axis.annotate(above, (x + width / 2, out), (0, 4), textcoords="offset points", ha="center")
+    for x, sign in ((into + 200, "+"), (into + 800, "·")):
+        axis.text(x, 0.85 * out, sign, ha="center", va="center", fontsize=18)
+    axis.set(xlim=(-20, 2 * into + 1000), ylim=(-20, 1.25 * out), aspect="equal")
+    axis.set_axis_off()
     return figure
