@@ -113,11 +113,11 @@ def attention_gain(edge_index: Tensor, alpha: Tensor, value: Tensor, shuffles: i
     (target, alpha, value), gains = (edge_index[1, neighbours], alpha[neighbours], value[neighbours, None]), []
     has = degree(target) > 0
     plain = scatter(value, target, reduce="mean")
-    in_order = target.argsort(stable=True)
+    in_order, generator = target.argsort(stable=True), torch.Generator().manual_seed(0)
     for turn in range(1 + shuffles):
         if turn:
-            drawn = (target + torch.rand(len(target), dtype=torch.float64, device=target.device)).argsort()
-            alpha = torch.empty_like(alpha).index_copy(0, in_order, alpha[drawn])
+            order = target + torch.rand(len(target), dtype=torch.float64, generator=generator).to(target.device)
+            alpha = torch.empty_like(alpha).index_copy(0, in_order, alpha[order.argsort()])
         weighted = scatter(alpha * value, target) / scatter(alpha, target).clamp_min(1e-30)
         gains.append((weighted - plain)[has].mean(0))
     return torch.stack(gains)

@@ -127,7 +127,7 @@ def seed_points(axis: Axes, values: Mapping[str, Sequence[float]], *, xlabel: st
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
         axis.annotate(text, (mean, row), (0, 6), textcoords="offset points", ha="center", bbox=box)
     axis.set_yticks(range(len(values)), list(values))
-    axis.margins(x=0.25)  # room for the numbers
+    axis.margins(x=0.35)  # room for the numbers
     axis.set(xlabel=xlabel, title=title, ylim=(len(values) - 0.5, -0.8))
 
 
