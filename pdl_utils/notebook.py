@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import os
 import platform
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -185,24 +182,3 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markdo
     lines = [head, ["---"] * len(head), *rows]
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in cells))
-
-
-def show_source(*objects: Any) -> Markdown:
-    """The source of functions, classes or methods as one code block, read from the installed package: what is
-    shown is what runs. Docstrings are left out: the prose beside it explains."""
-    parts = [without_docstrings(textwrap.dedent(inspect.getsource(thing)).rstrip()) for thing in objects]
-    code = "\n\n\n".join(parts)
-    return Markdown(f"```python\n{code}\n```")
-
-
-def without_docstrings(code: str) -> str:
-    """Python source without the docstrings of its functions and classes; comments stay."""
-    lines = code.splitlines()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-            text = node.body[0]
-            first, last = text.lineno - 1, text.end_lineno
-            lines[first:last] = [None] * (last - first)
-            if len(node.body) == 1:  # a body that is a docstring alone still needs a statement
-                lines[first] = " " * text.col_offset + "..."
-    return "\n".join(line for line in lines if line is not None)

@@ -8,7 +8,7 @@ import torch
 
 from pdl_utils import notebook
 from pdl_utils.datasets.sources import Provenance
-from pdl_utils.notebook import Run, show_source
+from pdl_utils.notebook import Run
 
 
 class StandIn:
@@ -121,24 +121,3 @@ def test_in_full_what_was_computed_once_is_read_back(screen):
         assert len(asked) == count
     assert "| trainings | 1 of 1 were found in runs/" in screen.last
     assert Run("x", "fast").file("a net", seed=0) is None
-
-
-def documented(a):
-    """A docstring
-
-    of three lines."""
-    text = "no docstring"  # a comment
-    return text * a
-
-
-class OnlyADocstring:
-    """Nothing else."""
-
-
-def test_source_is_shown_without_docstrings_and_still_runs():
-    shown, space = show_source(documented, OnlyADocstring).data, {}
-    assert "# a comment" in shown
-    assert "three lines" not in shown
-    assert "Nothing else" not in shown
-    exec(shown.removeprefix("```python\n").removesuffix("\n```"), space)
-    assert space["documented"](2) == "no docstringno docstring"
