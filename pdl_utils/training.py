@@ -212,7 +212,7 @@ def run_file(name: str, *code: nn.Module | Callable, **settings: Any) -> Path:
     for thing in (fit, *code):
         for part in {type(module) for module in thing.modules()} if isinstance(thing, nn.Module) else [thing]:
             _add_source(part, sources)
-    text = json.dumps([settings, sources], sort_keys=True)
+    text = json.dumps([name, settings, sources], sort_keys=True)  # the name too: its signs are not in the file's
     readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return data_root() / "runs" / f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pt"
 
