@@ -92,7 +92,8 @@ def from_scratch(classes: int) -> Way:
 def without_head(network: nn.Module) -> nn.Module:
     """A copy of a ResNet that gives the features its last layer `fc` would look at, in eval mode. Every batch norm
     is folded into the convolution before it, as the fixed affine map that it is in eval mode: that is faster, and
-    a hundred images, which say too little about the statistics of activations, cannot change them."""
+    a hundred images, which say too little about the statistics of activations, cannot change them. The biases that
+    come out of it stay as they are in later training."""
     encoder = copy.deepcopy(network)
     encoder.fc = nn.Identity()
     for block in list(encoder.modules()):
