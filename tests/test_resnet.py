@@ -65,7 +65,7 @@ def test_torchvisions_weights_are_fetched_once_and_kept(serve, file_server):
 # Every classifier of torchvision, with what belongs to its weights
 
 
-def test_every_classifier_gets_the_preprocessing_of_its_weights(monkeypatch):
+def test_every_classifier_gets_the_preprocessing_of_its_weights(monkeypatch, fresh_data):
     """With an empty model in place of the weights: `obtain` only reads."""
     noise = np.random.default_rng(0).integers(0, 256, (300, 420, 3), dtype=np.uint8)
     photo, checked = Image.fromarray(noise).resize((420, 700)), set()
