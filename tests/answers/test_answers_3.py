@@ -44,7 +44,7 @@ def test_3_divided_by_the_root_of_the_rank_a_high_rank_learns_at_the_rate_0_3(no
         net = space["low_rank"](64, alpha)
         space["train"](net, space["high"], 0.3, 15, 0, torch.optim.SGD)
         reached[alpha] = space["right"](net, space["high_test"])
-    assert reached[8**0.5] > reached[8.0] + 0.05  # the fewer digits there are, the larger the gap
+    assert reached[8**0.5] > reached[8.0] + 0.05  # 52% and 88% here, 80% and 91% of MNIST's
 
 
 def test_4_with_a_frozen_a_the_best_rate_is_larger_and_little_is_lost(notebook_cells):
