@@ -35,10 +35,6 @@ from pdl_utils.settings import REPOSITORY, data_root
 tiny_imagenet = importlib.import_module("pdl_utils.datasets.tiny_imagenet")  # the module, not the function
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault(name): a case of the fault `name` in docs/reliability.md")
-
-
 class FileServer(ThreadingHTTPServer):
     """An official source on this machine: `files` by path. `fault`: "cut" sends half of one, "stalled" nothing."""
 
