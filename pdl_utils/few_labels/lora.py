@@ -14,8 +14,8 @@ class LoRA(nn.Module):
     """A frozen layer with a low-rank update beside it: base(x) + s·B(A(x)) (eq. 3).
 
     A is a layer like the frozen one, with its stride and padding, to `rank` numbers; B looks at one position
-    only, and is zero at first. s is alpha / rank (sec. 4.1), or alpha / √rank if `scaling` is "rs", which keeps
-    updates of any rank at one size (Kalajdzievski 2023, arXiv:2312.03732)."""
+    only, and is zero at first. s is alpha / rank (sec. 4.1), or alpha / √rank if `scaling` is "rs" (Kalajdzievski
+    2023, arXiv:2312.03732)."""
 
     def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, scaling: str = "standard") -> None:
         super().__init__()
@@ -54,18 +54,14 @@ def add_lora(
     model: nn.Module, rank: int, alpha: float, targets: str = "*", scaling: str = "standard"
 ) -> list[str]:
     """Freeze `model`, forget its gradients, and wrap in `LoRA`, in place, its linear layers and 2-d convolutions
-    (without groups) whose names fit the shell pattern `targets`. Until the updates have learned, the network
-    computes what it did. Left out is what lies in an attention module, which reads the weights of its parts by
-    itself.
+    (without groups) whose names fit the shell pattern `targets`. Left out is what lies in an attention module,
+    which reads the weights of its parts by itself.
 
     Returns the names of the layers. ValueError, and nothing is changed: a bad argument, no layer that fits, or one
-    that is used under two names or has a weight that is made anew in each pass (weight norm, pruning).
-    """
+    that is used under two names or has a weight that is made anew in each pass (weight norm, pruning)."""
     if not isinstance(rank, int) or rank < 1 or not 0 < alpha < math.inf or scaling not in ("standard", "rs"):
-        raise ValueError(
-            f"rank={rank!r}, alpha={alpha!r}, scaling={scaling!r}: rank is a whole number from 1 on, "
-            "alpha a positive number, scaling 'standard' or 'rs'"
-        )
+        needed = "rank is a whole number from 1 on, alpha a positive number, scaling 'standard' or 'rs'"
+        raise ValueError(f"rank={rank!r}, alpha={alpha!r}, scaling={scaling!r}: {needed}")
     modules = dict(model.named_modules())
     if any(isinstance(module, LoRA) for module in modules.values()):
         raise ValueError("the model has LoRA layers already; merge_lora(model) makes them plain")
@@ -79,10 +75,10 @@ def add_lora(
     if not chosen:
         raise ValueError(f"no layer that can have LoRA fits {targets!r}; there are {', '.join(layers) or 'none'}")
     for n in chosen:
-        own = dict(layers[n].named_parameters(recurse=False))
-        if "weight" not in own or layers[n]._forward_pre_hooks:
+        weight = layers[n]._parameters.get("weight")
+        if weight is None or layers[n]._forward_pre_hooks:
             raise ValueError(f"the weight of {n} is made anew by a hook or parametrization; remove that first")
-        users = [u for u, p in model.named_parameters(remove_duplicate=False) if p is own["weight"]]
+        users = [u for u, p in model.named_parameters(remove_duplicate=False) if p is weight]
         if len(users) > 1:
             raise ValueError(f"one weight has several names, {', '.join(users)}: an update at one would part them")
     model.requires_grad_(False)
@@ -101,7 +97,7 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def adapter(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all that is not frozen: every A, B and scale, what was unfrozen by hand, and buffers: batch norm's
-    statistics move in train mode. `model.load_state_dict(…, strict=False)` takes it, and so switches adapters."""
+    """A copy of all that is not frozen: every A, B and scale, what was unfrozen by hand, and buffers, which move
+    in train mode. `model.load_state_dict(…, strict=False)` takes it, and so switches adapters."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: value.detach().clone() for name, value in model.state_dict().items() if name not in frozen}

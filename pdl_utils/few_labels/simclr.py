@@ -38,8 +38,8 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 class SimCLR(nn.Module):
-    """An encoder, images → features (N, `features`), and the projection to what the loss compares, which is
-    thrown away afterwards (sec. 2.1)."""
+    """An encoder, images → features (N, `features`), and the projection to what the loss compares, normalised
+    images (N, 3, H, W) → (N, `projection`), which is thrown away afterwards (sec. 2.1)."""
 
     def __init__(self, encoder: nn.Module, features: int, projection: int = 128):
         super().__init__()
@@ -50,7 +50,6 @@ class SimCLR(nn.Module):
         )  # fmt: skip
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, 3, H, W) → embeddings (N, projection)."""
         return self.projector(self.encoder(images))
 
 
@@ -59,11 +58,9 @@ def pretrain(
     augment: Augmentation = VIEW, lr: float = 0.25, weight_decay: float = 5e-4, batch_size: int = 512,
     seed: int = 0, part: tuple[int, int] = (0, 1), **options: Any,
 ) -> History:  # fmt: skip
-    """Train `model`, normalised images → embeddings, on uint8 `images` (N, C, H, W) without labels.
-
-    `augment` draws two views of each, in pixels of `sizes`, one an epoch; `loss` takes the embeddings of both,
-    (batch, D) each; for `part` see `Batches`; `options` are for `fit`, such as `evaluate` (`knn_monitor`).
-    """
+    """Train `model`, normalised images → embeddings, on uint8 `images` (N, C, H, W) without labels. `augment`
+    draws two views of each, in pixels of `sizes`, one an epoch; `loss` takes the embeddings of both, (batch, D)
+    each; for `part` see `Batches`; `options` are for `fit`, such as `evaluate` (`knn_monitor`)."""
     device = next(model.parameters()).device
     batches = Batches(
         images=images.to(device), sizes=sizes, augment=augment, batch_size=batch_size, seed=seed, part=part
@@ -73,10 +70,8 @@ def pretrain(
     def contrast(network: nn.Module, views: tuple[Tensor, Tensor]) -> Tensor:
         return loss(*network(torch.cat(views)).chunk(2))  # as one batch: batch norm sees both views alike
 
-    return fit(
-        model, batches, contrast, optimizer, epochs=len(sizes), scheduler=scheduler,
-        autocast=has_bfloat16(device), **{"label": "SimCLR", **options},
-    )  # fmt: skip
+    how = {"label": "SimCLR", "scheduler": scheduler, "autocast": has_bfloat16(device), **options}
+    return fit(model, batches, contrast, optimizer, epochs=len(sizes), **how)
 
 
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20) -> float:
@@ -95,9 +90,8 @@ def knn_monitor(
     """An `evaluate` for `fit`: kNN accuracy of `model.encoder`, with the first images as the bank and the next
     ones as queries. The labels measure the features; no loss sees them. ValueError: there are too few images."""
     if min(bank, queries) < 1 or len(images) < bank + queries:
-        raise ValueError(
-            f"a bank of {bank} and {queries} queries need as many images, not {len(images)}; ask for less"
-        )
+        has = f"a bank of {bank} and {queries} queries need as many images, not {len(images)}"
+        raise ValueError(f"{has}; ask for less")
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         features = outputs(model.encoder, images[: bank + queries])
@@ -110,8 +104,7 @@ def knn_monitor(
 def cifar_encoder(width: int = 64, stem_stride: int = 1) -> tuple[nn.Module, int]:
     """`cifar_resnet18` without its last layer, and how many features it gives."""
     network = cifar_resnet18(width=width, stem_stride=stem_stride)
-    features = network.fc.in_features
-    network.fc = nn.Identity()
+    features, network.fc = network.fc.in_features, nn.Identity()
     return network, features
 
 
@@ -124,8 +117,7 @@ class PretrainedEncoder(NamedTuple):
 
 
 def pretrained_encoder() -> PretrainedEncoder:
-    """The encoder that `python -m scripts.pretrain_simclr` made and that ships. CorruptCheckpoint: it is
-    damaged."""
+    """The encoder of `python -m scripts.pretrain_simclr` that ships. CorruptCheckpoint: it is damaged."""
     weights, facts = load_weights(CHECKPOINTS / FILE)
     network, _ = cifar_encoder(facts["width"], facts["stem_stride"])
     network.load_state_dict(weights)

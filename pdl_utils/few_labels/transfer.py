@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +18,12 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pdl_utils.few_labels.lora import add_lora
 from pdl_utils.images import Augmentation, Batches, Size, accuracy, height_and_width, outputs
 from pdl_utils.resnet import cifar_resnet18
 from pdl_utils.settings import has_bfloat16, pick_device
 from pdl_utils.training import History, fit, sgd
 
-MILD = Augmentation(flip=True, scale=(0.35, 1.0))
+PENALTIES = (1e-3, 3e-3, 1e-2)  # inverse strengths that a probe is tried with
 
 
 @dataclass(frozen=True)
@@ -64,16 +62,8 @@ def train_on(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, s
         each = F.cross_entropy(network(batch[0]).float(), batch[1], reduction="none")
         return (weight[batch[1]] * each).mean()  # divided by the batch's size, not by the sum of its weights
 
-    return fit(
-        model,
-        batches,
-        loss,
-        optimizer,
-        epochs=epochs,
-        scheduler=scheduler,
-        autocast=has_bfloat16(device),
-        label=None,
-    )
+    how = {"epochs": epochs, "scheduler": scheduler, "autocast": has_bfloat16(device), "label": None}
+    return fit(model, batches, loss, optimizer, **how)
 
 
 def from_scratch(classes: int) -> Way:
@@ -92,8 +82,7 @@ def from_scratch(classes: int) -> Way:
 def without_head(network: nn.Module) -> nn.Module:
     """A copy of a ResNet that gives the features its last layer `fc` would look at, in eval mode. Every batch norm
     is folded into the convolution before it, as the fixed affine map that it is in eval mode: that is faster, and
-    a hundred images, which say too little about the statistics of activations, cannot change them. The biases that
-    come out of it stay as they are in later training."""
+    a hundred images, which say too little about the statistics of activations, cannot change them."""
     encoder = copy.deepcopy(network)
     encoder.fc = nn.Identity()
     for block in list(encoder.modules()):
@@ -105,10 +94,9 @@ def without_head(network: nn.Module) -> nn.Module:
 
 
 def linear_probe(features: Tensor, labels: Tensor, classes: int, C: float = 0.01) -> nn.Linear:
-    """A linear classifier on frozen features (N, D): scikit-learn's logistic regression on standardised features,
-    with the standardisation folded into its weights. Every class counts the same, however many examples it has;
-    one without an example gets a score far below all others. `C`: inverse strength of the L2 penalty. Gives a
-    layer (…, D) → (…, classes), on the device of `features`."""
+    """A linear classifier on frozen features (N, D), (…, D) → (…, classes): scikit-learn's logistic regression
+    with an L2 penalty of inverse strength `C` on standardised features, whose scale is folded into the weights.
+    Every class counts the same; one without an example gets a score far below all others."""
     scaler = StandardScaler().fit(features.cpu().numpy())
     regression = LogisticRegression(C=C, class_weight="balanced", max_iter=1000, tol=1e-3)
     fitted = regression.fit(scaler.transform(features.cpu().numpy()), labels.cpu().numpy())
@@ -117,25 +105,18 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int, C: float = 0.01
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     weight = weight / torch.from_numpy(scaler.scale_)
     bias = bias - weight @ torch.from_numpy(scaler.mean_)
-    probe = nn.Linear(features.shape[1], classes, device=features.device)
-    seen = torch.from_numpy(fitted.classes_)
+    probe, seen = nn.Linear(features.shape[1], classes), torch.from_numpy(fitted.classes_)
     with torch.no_grad():
         probe.weight.zero_()
         probe.bias.fill_(-100.0)
-        probe.weight[seen] = weight.to(probe.weight)
-        probe.bias[seen] = bias.to(probe.bias)
-    return probe.requires_grad_(False)
+        probe.weight[seen], probe.bias[seen] = weight.float(), bias.float()
+    return probe.requires_grad_(False).to(features.device)
 
 
 def self_train(
-    features: Tensor,
-    labels: Tensor,
-    unlabelled: Tensor,
-    classes: int,
-    C: float,
-    rounds: int = 3,
+    features: Tensor, labels: Tensor, unlabelled: Tensor, classes: int, C: float, rounds: int = 3,
     share: float = 0.05,
-) -> nn.Linear:
+) -> nn.Linear:  # fmt: skip
     """A `linear_probe` that learns from its own guesses as well (pseudo-labels, Lee 2013). In each round, the
     guesses for `unlabelled`, (M, D), that it is surest of count as labels of the next fit: up to `share` · M of
     each class, or the classes that are easily recognised would crowd out the others."""
@@ -144,34 +125,20 @@ def self_train(
         confidence, guesses = probe(unlabelled).softmax(1).max(1)
         order = confidence.argsort(descending=True)
         sure = torch.cat([order[guesses[order] == c][: int(share * len(order))] for c in range(classes)])
-        pseudo = guesses[sure].to(labels.device)
-        probe = linear_probe(torch.cat([features, unlabelled[sure]]), torch.cat([labels, pseudo]), classes, C)
+        both = torch.cat([features, unlabelled[sure]]), torch.cat([labels, guesses[sure].to(labels.device)])
+        probe = linear_probe(*both, classes, C)
     return probe
 
 
-def with_and_without(recipe: Recipe, rates: Sequence[float]) -> dict[str, Recipe]:
-    """The recipe at each rate, without and with mild augmentation."""
-    options = {}
-    for lr in rates:
-        options[f"rate {lr:g}"] = replace(recipe, lr=lr)
-        options[f"rate {lr:g}, augmented"] = replace(recipe, lr=lr, augment=MILD)
-    return options
-
-
-def fine_tune(encoder: nn.Module, classes: int, C: float, rank: int | None = None) -> Way:
+def fine_tune(encoder: nn.Module, classes: int, C: float) -> Way:
     """Trains a copy of `encoder` (see `without_head`) on a new task: first a linear probe with penalty `C`
-    becomes its last layer `fc`, then the weights are trained. A random last layer would spoil the features before
-    it has learned anything (Kumar et al. 2022, arXiv:2202.10054). With `rank`, LoRA updates of the convolutions
-    in the residual stages are trained, and `fc`, instead of all weights."""
+    becomes its last layer `fc`, then all weights are trained. A random last layer would spoil the features before
+    it has learned anything (Kumar et al. 2022, arXiv:2202.10054)."""
 
     def train(images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> nn.Module:
         tuned = copy.deepcopy(encoder)
         tuned.fc = linear_probe(outputs(encoder, images, recipe.size), labels, classes, C)
-        if rank is not None:
-            torch.manual_seed(seed)  # of A
-            add_lora(tuned, rank, 1.0, "layer*", scaling="rs")
-        tuned.fc.requires_grad_(True)
-        train_on(tuned, images, labels, recipe, seed)
+        train_on(tuned.requires_grad_(True), images, labels, recipe, seed)
         return tuned
 
     return train
@@ -183,72 +150,63 @@ class Trials:
 
     images: Tensor  # uint8 (N, C, H, W)
     labels: Tensor  # int64 (N,)
-    judges: Mapping[str, tuple[Tensor, Tensor]]  # name → images and labels, such as "test" and "validation"
+    judges: Mapping[str, tuple[Tensor, Tensor]]  # "test" and "validation" → images and labels
     classes: int
-    keep: Callable[..., Any]  # keep(name, compute, *code, **settings) → what compute() gives, such as `Run.once`
+    keep: Callable[..., float]  # keep(name, compute, *code, **settings) → what compute() gives, as `Run.once` does
     data: str  # where the images come from: of what is kept
 
     def features(
-        self, encoder: nn.Module, origin: str, count: int, size: Size | None = None, mirror: bool = False
+        self, encoder: nn.Module, count: int, size: Size | None = None, mirror: bool = False
     ) -> dict[str, Tensor]:
-        """{"pool": (count, D) of the first images, judge: (M, D), …}; `origin` names the encoder."""
-        parts = {"pool": self.images[:count]} | {name: judge[0] for name, judge in self.judges.items()}
-
-        def compute() -> dict[str, Tensor]:
-            turned = {name: part.flip(3) if mirror else part for name, part in parts.items()}
-            return {name: outputs(encoder, part, size).cpu() for name, part in turned.items()}
-
-        settings = {"origin": origin, "size": size, "mirror": mirror, "data": self.data}
-        return self.keep("features", compute, outputs, counts=[len(part) for part in parts.values()], **settings)
+        """{"pool": (count, D) of the first images, "test": (M, D), …}; of mirror images if asked for."""
+        parts = {"pool": self.images[:count]} | {name: images for name, (images, _) in self.judges.items()}
+        seen = {name: part.flip(3) if mirror else part for name, part in parts.items()}
+        return {name: outputs(encoder, part, size).cpu() for name, part in seen.items()}
 
     def probe(self, features: Mapping[str, Tensor], C: float, sets: Tensor, judge: str = "test") -> list[float]:
         """The accuracy of a `linear_probe` for each set, rows (S, n) of the pool."""
         probes = [linear_probe(features["pool"][rows], self.labels[rows], self.classes, C) for rows in sets]
         return [share_right(probe(features[judge]), self.judges[judge][1]) for probe in probes]
 
-    def train(
-        self, name: str, way: Way, recipe: Recipe, sets: Tensor, judge: str = "test", **facts: Any
-    ) -> list[float]:
-        """The accuracy for each set of the network that `way(images, labels, recipe, seed)` trains, kept one by
-        one. `facts`: what else decides the result, JSON values."""
+    def best_penalty(self, features: Mapping[str, Tensor], sets: Tensor) -> float:
+        """The first of `PENALTIES` that ties with the best, on validation images."""
+        return choose({C: self.probe(features, C, sets, "validation") for C in PENALTIES})
+
+    def self_train(self, features: Mapping[str, Tensor], C: float, sets: Tensor) -> list[float]:
+        """The test accuracy of `self_train` for each set; the rest of the pool are its unlabelled images."""
+        scores, pool = [], features["pool"]
+        for rows in sets:
+            rest = torch.ones(len(pool), dtype=torch.bool).index_fill(0, rows, False)
+            probe = self_train(pool[rows], self.labels[rows], pool[rest], self.classes, C)
+            scores.append(share_right(probe(features["test"]), self.judges["test"][1]))
+        return scores
+
+    def train(self, name: str, way: Way, recipe: Recipe, sets: Tensor, judge: str = "test") -> list[float]:
+        """The accuracy for each set of the network that `way(images, labels, recipe, seed)` trains. They are kept
+        one by one; `name` says what decides about `way` besides its code: its encoder."""
 
         def score(seed: int, rows: Tensor) -> float:
-            return accuracy(
-                way(self.images[rows], self.labels[rows], recipe, seed), *self.judges[judge], recipe.size
-            )
+            network = way(self.images[rows], self.labels[rows], recipe, seed)
+            return accuracy(network, *self.judges[judge], recipe.size)
 
         scores = []
         for seed, rows in enumerate(sets):
-            settings = facts | {"recipe": str(recipe), "rows": [int(rows[0]), len(rows)], "data": self.data}
-            settings |= {"seed": seed, "judge": judge, "judges": len(self.judges[judge][0])}
+            settings = {"recipe": str(recipe), "seed": seed, "rows": [int(rows[0]), len(rows)]}
+            settings |= {"judge": judge, "judges": len(self.judges[judge][0]), "data": self.data}
             scores.append(self.keep(name, partial(score, seed, rows), way, **settings))
         return scores
 
-    def best_penalty(self, features: Mapping[str, Tensor], penalties: Sequence[float], sets: Tensor) -> float:
-        """The first of `penalties` that ties with the best, on validation images."""
-        return choose({C: self.probe(features, C, sets, "validation") for C in penalties})
-
     def tune(
-        self, name: str, way: Way, options: Mapping[str, Recipe], choosing: Tensor, sets: Tensor, **facts: Any
+        self, name: str, way: Way, options: Mapping[str, Recipe], choosing: Tensor, sets: Tensor
     ) -> tuple[Recipe, list[float], dict[str, list[float]]]:
         """The recipe that is best on validation images, trained on the sets `choosing`; the test accuracy that it
         reaches for each of `sets`; and what all recipes reached on validation images."""
         tried = {}
         if len(options) > 1:
             for option, recipe in options.items():
-                tried[option] = self.train(name, way, recipe, choosing, "validation", **facts)
+                tried[option] = self.train(name, way, recipe, choosing, "validation")
         best = options[max(options, key=lambda option: sum(tried.get(option, [])))]
-        return best, self.train(name, way, best, sets, **facts), tried
-
-    def self_train(self, features: Mapping[str, Tensor], C: float, sets: Tensor) -> list[float]:
-        """The test accuracy of `self_train` for each set; the rest of the pool are its unlabelled images."""
-        scores, pool = [], features["pool"]
-        for rows in sets:
-            rest = torch.ones(len(pool), dtype=torch.bool)
-            rest[rows] = False
-            probe = self_train(pool[rows], self.labels[rows], pool[rest], self.classes, C)
-            scores.append(share_right(probe(features["test"]), self.judges["test"][1]))
-        return scores
+        return best, self.train(name, way, best, sets), tried
 
 
 def percent(values: Sequence[float]) -> str:
