@@ -1,7 +1,9 @@
 """The loop: it learns, resumes to the same numbers after a cut, refuses other settings, and stops at nonsense."""
 
+import linecache
 import math
 import sys
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -136,7 +138,7 @@ def test_a_file_that_is_damaged_or_of_something_else_is_named_and_kept(tmp_path)
         else:
             torch.save(content, file)
         before = file.read_bytes()
-        with pytest.raises(UnusableState, match=r"state\.pt is (of another model|damaged or no training)"):
+        with pytest.raises(UnusableState, match=r"state\.pt is damaged, or of another model; remove it"):
             train(1, file)
         assert file.read_bytes() == before
 
@@ -235,49 +237,77 @@ def test_schedule_and_decay_groups():
 CODE = '''
 import torch.nn.functional as F
 from torch import nn
+
 SLOPE = 0.2
 
+def scaled(x):
+    return 2 * x
+
 def helper(x):
-    return F.leaky_relu(x, SLOPE)
+    return F.leaky_relu(scaled(x), SLOPE)
 
 def loss(net, batch):
     """A sentence."""
-    return helper(net(batch)).mean()
+    return len(BRANCHES) * helper(net(batch)).mean()  # a comment
 
-class Layer(nn.Module):
+class Base(nn.Module):
     def forward(self, x):
         return x + 1
+
+class Layer(Base):
+    pass
+
+def unused():
+    return 5
+
+BRANCHES = [helper]
 '''
 
 
+def name_of_training(home, code, file, patch):
+    """The name that `code` gives, as a module or as a cell of a notebook."""
+    patch.setitem(linecache.cache, file, (len(code), None, code.splitlines(keepends=True), file))
+    module = ModuleType(home)
+    module.__file__ = file
+    patch.setitem(sys.modules, home, module)
+    exec(compile(code, file, "exec"), vars(module))
+    return run_file("a net", nn.Sequential(module.Layer(), nn.ReLU()), module.loss, seed=0)
+
+
+@pytest.mark.parametrize("home", ["layers_of_a_reader", "__main__"])
 @pytest.mark.parametrize(
     ("old", "new", "trains_anew"),
     [
         ("x + 1", "x + 2", True),  # in a layer
-        ("leaky_relu(x", "leaky_relu(2 * x", True),  # in what the loss uses
+        (".mean()", ".sum()", True),  # in the loss
+        ("2 * x", "3 * x", True),  # in what the loss uses
         ("SLOPE = 0.2", "SLOPE = 0.3", True),
         ("A sentence.", "A better sentence.", False),
+        ("a comment", "a better comment", False),
+        ("return 5", "return 6", "module"),  # what is not used, in a notebook
     ],
 )
-def test_a_changed_layer_or_loss_is_another_file_and_a_better_sentence_is_not(
-    old, new, trains_anew, tmp_path, monkeypatch
-):
-    names = set()
-    for number, code in enumerate([CODE, CODE.replace(old, new)]):
-        path, module = tmp_path / f"version_{number}.py", ModuleType("notebook_of_a_reader")
-        path.write_text(code)
-        exec(compile(code, str(path), "exec"), vars(module))
-        monkeypatch.setitem(sys.modules, "notebook_of_a_reader", module)
-        names.add(run_file("a net", nn.Sequential(module.Layer(), nn.ReLU()), module.loss, seed=0))
-    assert len(names) == (2 if trains_anew else 1)
+def test_changed_code_is_another_file_and_a_better_sentence_is_not(home, old, new, trains_anew, monkeypatch):
+    before = name_of_training(home, CODE, "<code>", monkeypatch)
+    after = name_of_training(home, CODE.replace(old, new), "<code>", monkeypatch)
+    assert (before != after) is (home != "__main__" if trains_anew == "module" else trains_anew)
 
 
-def test_another_setting_or_loop_is_another_file(monkeypatch, tmp_path):
+def test_another_name_setting_or_loop_is_another_file(monkeypatch, tmp_path):
     monkeypatch.setenv("PDL_DATA", str(tmp_path))
     file = run_file("GAT + skips, seed 0", seed=0, widths=[256, 256])
     assert file.parent == tmp_path / "runs"
     assert file.name.startswith("gat-skips-seed-0-")
     assert file == run_file("GAT + skips, seed 0", widths=[256, 256], seed=0)
     assert file != run_file("GAT + skips, seed 0", widths=[256, 257], seed=0)
-    monkeypatch.setattr(training, "OWN", ("epoch",))  # a constant that the loop uses
+    assert file != run_file("GAT - skips, seed 0", seed=0, widths=[256, 256])
+    loop = [line.replace("optimizer.step()", "pass") for line in linecache.getlines(training.__file__)]
+    monkeypatch.setitem(linecache.cache, training.__file__, (1, None, loop, training.__file__))
     assert file != run_file("GAT + skips, seed 0", seed=0, widths=[256, 256])
+
+
+def test_a_setting_that_a_file_cannot_hold_is_refused_before_the_training(tmp_path):
+    with pytest.raises(TypeError, match=r"write float\(…\) or int\(…\) for lr of parameters 0"):
+        train(file=tmp_path / "state.pt", cut=0, lr=np.float64(0.03))
+    with pytest.raises(TypeError, match=r"functools\.partial.* has no code of its own"):
+        run_file("a net", partial(loss, rows=3))
