@@ -147,7 +147,7 @@ def test_jitter_and_grey_keep_to_their_share_and_their_strength():
     assert 0.15 < flat.float().mean() < 0.25
     assert torch.equal(gray[~flat], images[~flat])
     even = torch.full((500, 3, 1, 1), 100, dtype=torch.uint8)  # contrast, saturation, hue: no effect on it
-    brightness = color_jitter(even, strength=0.5, probability=1.0, generator=generator)[:, 0, 0, 0] / 100
+    brightness = color_jitter(even, strength=0.5, generator=generator)[:, 0, 0, 0] / 100
     assert 0.6 <= brightness.min() < 0.65
     assert 1.35 < brightness.max() <= 1.4
 
@@ -170,7 +170,8 @@ def test_batches_hold_every_image_once_and_follow_from_seed_and_epoch():
 
 def test_what_makes_no_batches_is_named():
     wrong = {
-        "20 images make no batch of 32; lower the batch size": {"batch_size": 32},
+        "20 images make no batch of 32; take a batch size of 1 to 20": {"batch_size": 32},
+        "20 images make no batch of 0;": {"batch_size": 0},
         "3 processes do not divide a batch of 8": {"part": (0, 3)},
         "20 images have 19 labels": {"labels": torch.arange(19)},
     }
