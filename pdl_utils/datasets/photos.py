@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets import Imagenette
 
 from pdl_utils.datasets import stand_ins
-from pdl_utils.datasets.sources import DamagedFile, Provenance, download_tar, obtain, reading, with_notice
+from pdl_utils.datasets.sources import Provenance, download_tar, obtain, reading, with_notice
 from pdl_utils.settings import data_root
 
 NAME = "ImageNet photographs"
@@ -20,16 +20,15 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 IMAGENETTE_URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"  # the short side has 320 pixels
 IMAGENETTE_MD5 = "3df6f0d01a2c9592104656642f5e78a3"
 IMAGENETTE_COUNT = 3925  # photographs in its validation split
-Unopened = tuple[Path | str, str | None, str | None]  # a file or a sample's name, what it shows, its wnid
+Group = list[tuple[Path | str, str | None, str | None]]  # of files or samples' names, what each shows, its wnid
 
 
 @dataclass(frozen=True)
 class Photos:
-    """`images`: RGB, of any size; `names`: what each shows, or None; `wnids`: its ImageNet class, or None."""
+    """`images`: RGB, of any size; `names`: what each shows, or None."""
 
     images: list[Image.Image]
     names: list[str | None]
-    wnids: list[str | None]
     provenance: Provenance
 
 
@@ -37,24 +36,23 @@ def imagenet_photos(count: int | None = None, prefer: Sequence[str] = ()) -> Pho
     """At most `count` photographs, the same ones on every call; those of the classes (wnids) in `prefer` first.
 
     Your own, if `imagenet-samples` under the data root has any (n02123045_tabby.jpg says the class; what lies in
-    subfolders comes last); else a few of each class of Imagenette's validation split, and a cat; else samples.
-    """
+    subfolders comes last); else a few of each class of Imagenette's validation split, and a cat; else samples."""
     if count is not None and count < 1:
         raise ValueError(f"count={count}: ask for at least one photograph, or None for all")
     folder = data_root() / "imagenet-samples"
-    own = _album(_own_photos(folder), count, prefer, Provenance(NAME, ""), leave_out=True)
-    if own.images:
-        source = f"{len(own.images)} photograph{'s' * (len(own.images) > 1)} from imagenet-samples/"
-        own = replace(own, provenance=with_notice(NAME, source, folder))
+    images, names = _album(_own_photos(folder), count, prefer, leave_out=True)
+    if images:
+        source = f"{len(images)} photograph{'s' * (len(images) > 1)} from imagenet-samples/"
+        own = Photos(images, names, with_notice(NAME, source, folder))
         print(own.provenance)
         return own
     split = "Imagenette's validation split, and scikit-image's cat"
     samples = Provenance(NAME, "stand-in: sample photographs of scikit-image and scikit-learn", real=False)
     return obtain(
         NAME, Path(IMAGENETTE_URL).stem,
-        read=lambda place: _album([_imagenette(place)], count, prefer, with_notice(NAME, split, place)),
+        read=lambda place: Photos(*_album([_imagenette(place)], count, prefer), with_notice(NAME, split, place)),
         download=lambda root: download_tar(IMAGENETTE_URL, root, IMAGENETTE_MD5),
-        stand_in=lambda: _album([stand_ins.PHOTOGRAPHS], count, prefer, samples),
+        stand_in=lambda: Photos(*_album([stand_ins.PHOTOGRAPHS], count, prefer), samples),
     )  # fmt: skip
 
 
@@ -72,7 +70,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _own_photos(folder: Path) -> list[list[Unopened]]:
+def _own_photos(folder: Path) -> list[Group]:
     """Directly in `folder` without a class, directly in it with one, in its subfolders."""
     unlabelled, labelled, deeper = [], [], []
     for path in sorted(folder.rglob("*")):
@@ -86,40 +84,37 @@ def _own_photos(folder: Path) -> list[list[Unopened]]:
     return [unlabelled, labelled, sorted(deeper, key=lambda photo: photo[2] is None)]
 
 
-def _imagenette(folder: Path) -> list[Unopened]:
+def _imagenette(folder: Path) -> Group:
     """The cat, because Imagenette has none, and four of each class: thousands would take long to decode."""
-    paths = sorted((folder / "val").glob("*/*.JPEG"))
-    if len(paths) != IMAGENETTE_COUNT:
-        raise DamagedFile(f"{folder / 'val'} has {len(paths)} photographs, not {IMAGENETTE_COUNT}")
-    dataset, photos = Imagenette(folder.parent, "val", "320px"), stand_ins.PHOTOGRAPHS[:1]
+    with reading(folder / "val"):
+        dataset = Imagenette(folder.parent, "val", "320px")
+        if len(dataset) != IMAGENETTE_COUNT:
+            raise ValueError(f"it has {len(dataset)} photographs, not {IMAGENETTE_COUNT}")
+    photos = stand_ins.PHOTOGRAPHS[:1]
     for wnid, (name, *_) in zip(dataset.wnids, dataset.classes, strict=True):
-        photos += [(path, name, wnid) for path in paths if path.parent.name == wnid][:4]
+        photos += [(path, name, wnid) for path in sorted((folder / "val" / wnid).glob("*.JPEG"))[:4]]
     return photos
 
 
-def _album(
-    groups: list[list[Unopened]], count: int | None, prefer: Sequence[str], origin: Provenance, leave_out=False
-) -> Photos:  # fmt: skip
-    """`count` from the groups in their order: the preferred ones, then others spread evenly over the group.
-    `leave_out`: what cannot be opened is named, and left out."""
+def _album(groups: list[Group], count: int | None, prefer: Sequence[str], leave_out=False) -> tuple[list, list]:
+    """Images and names of `count` from the groups in their order: the preferred ones, then others spread evenly
+    over the group. `leave_out`: what cannot be opened is named, and left out."""
     count, chosen = count or sum(map(len, groups)), []
     for group in groups:
         first = [photo for wnid in prefer for photo in group if photo[2] == wnid]
         rest = [photo for photo in group if photo not in first]
         room = max(0, min(count - len(chosen) - len(first), len(rest)))
         chosen += first + [rest[i * len(rest) // room] for i in range(room)]
-    album = Photos([], [], [], origin)
-    for file, name, wnid in chosen[:count]:
+    images, names = [], []
+    for file, name, _ in chosen[:count]:
         try:
-            album.images.append(stand_ins.photograph(file) if isinstance(file, str) else _open(file))
+            images.append(stand_ins.photograph(file) if isinstance(file, str) else _open(file))
+            names.append(name)
         except Exception as error:  # Pillow raises all kinds of things
             if not leave_out:
                 raise
             print(f"{file} is left out: {error.__cause__ or error}")
-        else:
-            album.names.append(name)
-            album.wnids.append(wnid)
-    return album
+    return images, names
 
 
 def _open(file: Path) -> Image.Image:

@@ -1,4 +1,4 @@
-"""CIFAR-10, MNIST, or a folder of your own: small labelled images, whole in memory."""
+"""CIFAR-10, MNIST, or images of your own as `LabelledImages`: small, and whole in memory."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import CIFAR10, MNIST, ImageFolder
+from torchvision.datasets import CIFAR10, MNIST
 from torchvision.datasets.utils import download_and_extract_archive
 
 from pdl_utils.datasets import stand_ins
-from pdl_utils.datasets.photos import to_rgb
-from pdl_utils.datasets.sources import Provenance, download_tar, obtain, reading, verify_md5, with_notice
+from pdl_utils.datasets.sources import Provenance, download_tar, obtain, verify_md5, with_notice
 from pdl_utils.images import check_images
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -42,10 +39,10 @@ class LabelledImages:
     def __post_init__(self) -> None:
         for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
             check_images(images)
-            if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-                raise ValueError(f"labels must be a tensor of int64, one for each of the {len(images)} images")
-            if not set(labels.tolist()) <= set(range(len(self.classes))):
-                raise ValueError(f"labels must be positions in `classes`, 0 to {len(self.classes) - 1}")
+            fit = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+            if not fit or not set(labels.tolist()) <= set(range(len(self.classes))):
+                asked = f"one for each of the {len(images)} images, 0 to {len(self.classes) - 1}"
+                raise ValueError(f"labels must be a tensor of int64, {asked}: positions in `classes`")
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise ValueError("training and test images must be of one shape")
 
@@ -68,23 +65,6 @@ def mnist() -> LabelledImages:
         "MNIST", "MNIST", read=_read_mnist, download=_download_mnist,
         stand_in=lambda: LabelledImages(*stand_ins.digits(), "0123456789", origin),
     )  # fmt: skip
-
-
-def labelled_folder(folder: str | Path, side: int = 32) -> LabelledImages:
-    """Your own images, in FOLDER/train/CLASS/ and FOLDER/test/CLASS/: of each the middle square, in colour, `side`
-    pixels wide. DamagedFile: one cannot be opened."""
-    train, test = (ImageFolder(Path(folder, part)) for part in ("train", "test"))
-    if train.classes != test.classes:
-        raise ValueError(f"{folder}: train/ has the classes {train.classes}, test/ has {test.classes}")
-    tensors = []
-    for part in (train, test):
-        squares = []
-        for path, _ in part.samples:
-            with reading(path), Image.open(path) as image:
-                squares.append(TF.pil_to_tensor(ImageOps.fit(to_rgb(image), (side, side))))
-        tensors += [torch.stack(squares), torch.tensor(part.targets)]
-    source = f"{len(train)} + {len(test)} images of your own in {len(train.classes)} classes"
-    return LabelledImages(*tensors, train.classes, with_notice(Path(folder).name, source, Path(folder)))
 
 
 def _read_cifar10(folder: Path) -> LabelledImages:

@@ -85,12 +85,9 @@ def obtain(
     name: str, folder: str, *, read: Callable[[Path], Any], download: Callable[[Path], object],
     stand_in: Callable[[], Any] | None = None,
 ) -> Any:  # fmt: skip
-    """A data set or a network (it has a `provenance`) from the first source that has it. What lies under the data
-    root is never changed or removed.
-
-    `read` checks and loads `folder` (or one file) there; `download` runs the official loader in an empty folder
-    and leaves `folder` in it; `stand_in` serves offline. DamagedFile and NoRealData say what to do.
-    """
+    """A data set or a network (it has a `provenance`) from the first source that has it. `read` checks and loads
+    `folder` (or one file) under the data root, which is never changed or removed; `download` runs the official
+    loader in an empty folder and leaves `folder` in it; `stand_in` serves offline."""
     place, problem = data_root() / folder, None
     if not place.exists():
         problem = "PDL_OFFLINE is set" if flag("PDL_OFFLINE") else _fetch(place, read, download)
@@ -116,18 +113,21 @@ def _fetch(place: Path, read: Callable[[Path], object], download: Callable[[Path
     if _no_answer:
         return f"there was no network when {_no_answer[0]} was asked for; restart the kernel to ask again"
     staging, timeout = place.with_name(f".{place.name}.partial"), socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE)  # loaders have no parameter for it
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(place.with_name(f".{place.name}.lock")):
+            if place.exists():  # another process was faster
+                return None
             shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+            socket.setdefaulttimeout(SILENCE)  # loaders have no parameter for it
             try:
-                if not place.exists():  # else another process was faster
-                    staging.mkdir()
-                    download(staging)
-                    read(staging / place.name)
-                    (staging / place.name).rename(place)
+                staging.mkdir()
+                download(staging)
+                read(staging / place.name)
+                (staging / place.name).rename(place)
+                return None
             finally:
+                socket.setdefaulttimeout(timeout)
                 shutil.rmtree(staging, ignore_errors=True)
     except Exception as error:  # loaders raise all kinds of things
         if isinstance(getattr(error, "reason", None), socket.gaierror | TimeoutError):  # nobody was reached
@@ -135,6 +135,3 @@ def _fetch(place: Path, read: Callable[[Path], object], download: Callable[[Path
         if isinstance(error, OSError) and not (place.parent.is_dir() and os.access(place.parent, os.W_OK)):
             return f"{place.parent} cannot be written to ({error.strerror}); set PDL_DATA to a folder that can"
         return f"the download failed ({error})"
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return None

@@ -32,11 +32,11 @@ def photograph(name: str) -> Image.Image:
     return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels).convert("RGB")
 
 
-def texture_crops(train: int = 5000, test: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def texture_crops(train: int = 5000, test: int = 1000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """CIFAR-10-shaped crops of `TEXTURES`, the classes in turn: images uint8 (N, 3, 32, 32) and labels int64 (N,)
     for training, the same for testing. No pixel is in both: a crop lies inside one cell of a grid, and every fifth
     cell is kept for testing. Colours vary, so that they alone do not give the class away."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     photos = [photograph(name) for name in TEXTURES.values()]
     tensors = []
     for count, held_out in ((train, False), (test, True)):
@@ -68,7 +68,7 @@ def _random_crop(photo: Image.Image, cells: list[tuple[int, int, int]], rng: np.
     return (pixels * rng.uniform(0.7, 1.3, size=3)).clip(0, 255).astype(np.uint8)
 
 
-def digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scikit-learn's 1,797 handwritten digits in the shape of MNIST, 20×20 in the middle of 28×28: training images
     (4 of 5) uint8 (N, 1, 28, 28) and labels int64 (N,), the same for testing."""
     from sklearn.datasets import load_digits
@@ -79,6 +79,6 @@ def digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         large = Image.fromarray((digit * 255 / 16).astype(np.uint8)).resize((20, 20), Image.Resampling.BICUBIC)
         image[0, 4:24, 4:24] = torch.from_numpy(np.array(large))
     labels = torch.from_numpy(small.target).long()
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
     test, train = order.tensor_split([len(order) // 5])
     return images[train], labels[train], images[test], labels[test]

@@ -83,7 +83,7 @@ def test_imagenette_values_and_choice(make_official):
     make_official("photos").write()
     data = imagenet_photos()
     assert data.names[:3] == ["tabby", "tench", "tench"]  # a cat, though Imagenette has none
-    assert len(data.images) == len(data.names) == len(data.wnids) == 21
+    assert len(data.images) == len(data.names) == 21
     few, same = (imagenet_photos(5, prefer=["n03888257", "n02123045"]) for _ in range(2))
     assert few.names[:3] == ["parachute", "parachute", "tabby"]
     assert (len(few.images), few.names) == (5, same.names)
@@ -105,7 +105,6 @@ def test_ones_own_photographs_are_shown_first_and_what_cannot_be_read_is_named(c
     (folder / "notes.heic").touch()
     data = imagenet_photos(9, prefer=["n02123045"])
     assert data.names == [None, None, "gold fish", "flat", "cat 0", "cat 1"]
-    assert data.wnids[2:5] == ["n01443537", "n09999999", "n02123045"]
     assert data.images[0].size == (1024, 512)
     out = capsys.readouterr().out
     assert "6 photographs from imagenet-samples/" in out
@@ -158,19 +157,6 @@ def test_labelled_images_that_do_not_fit_are_refused():
             LabelledImages(**whole | changed)
 
 
-def test_a_folder_of_labelled_images(tmp_path):
-    for part in ("train", "test"):
-        save(Image.new("L", (60, 40), 10), tmp_path / part / "dark" / "0.png")
-        save(Image.new("L", (50, 80), 240), tmp_path / part / "light" / "0.png")
-    data = datasets.labelled_folder(tmp_path, side=16)
-    assert (data.train_images.shape, data.test_images.shape) == ((2, 3, 16, 16), (2, 3, 16, 16))
-    assert (data.classes, data.test_labels.tolist()) == (["dark", "light"], [0, 1])
-    assert data.test_images[:, 0, 5, 5].tolist() == [10, 240]
-    (tmp_path / "test" / "light" / "0.png").write_bytes(b"no image")
-    with pytest.raises(DamagedFile, match=r"light/0\.png"):
-        datasets.labelled_folder(tmp_path)
-
-
 # Stand-ins, which must not touch the network
 
 
@@ -209,7 +195,7 @@ def test_digits_are_split_without_overlap(no_sockets):
 def test_stand_in_photographs_show_a_cat_first(no_sockets):
     data = imagenet_photos(8)
     assert len(data.images) == 8
-    assert (data.names[0], data.wnids[0], data.images[0].size) == ("tabby", "n02123045", (451, 300))
+    assert (data.names[0], data.images[0].size) == ("tabby", (451, 300))
     assert imagenet_photos(prefer=["n07920052"]).names[0] == "espresso"
     assert len(imagenet_photos(100).images) == len(stand_ins.PHOTOGRAPHS)
 
