@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,19 +44,18 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """The model itself, or in a process group one whose gradients are averaged over the processes. Batch
-    norm sees the joint batch on GPUs, and a process's own share on CPUs, where torch has nothing for it."""
+    """In a process group, a model whose gradients are averaged over the processes; else the model itself. Batch
+    norm sees the joint batch on GPUs, but a process's own share on CPUs, where torch has no other."""
     if not dist.is_initialized():
         return model
-    on_gpu = next(model.parameters()).is_cuda
-    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu else model
-    return nn.parallel.DistributedDataParallel(synced)
+    if next(model.parameters()).is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(model)
 
 
 class Gather(torch.autograd.Function):
-    """(N, D) of every process → (N · processes, D) in each of them. Every process computes the loss of all rows,
-    so a row's gradient is the sum over the processes; averaging the weights' gradients, as DistributedDataParallel
-    does, then gives those of one process with the joint batch."""
+    """(N, D) of every process → (N · processes, D) in each. Each computes the loss of all rows: a row's gradient
+    is the sum over the processes, and DistributedDataParallel's mean is the gradient of the joint batch."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -72,11 +72,10 @@ class Gather(torch.autograd.Function):
 
 def schedule(text: str) -> list[int]:
     """'64x12,96x4' → 64 twelve times, then 96 four times. ArgumentTypeError: any other form."""
-    try:
-        parts = [tuple(map(int, part.split("x"))) for part in text.split(",")]
-        return [size for size, epochs in parts for _ in range(epochs)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}; write size x epochs, as 64x12,96x4") from error
+    if not re.fullmatch(r"([1-9]\d*x[1-9]\d*,)+", text + ","):
+        raise argparse.ArgumentTypeError(f"{text!r}; write size x epochs, as 64x12,96x4")
+    parts = [part.split("x") for part in text.split(",")]
+    return [int(size) for size, epochs in parts for _ in range(int(epochs))]
 
 
 def parser_of(description: str, **defaults: object) -> argparse.ArgumentParser:
@@ -100,9 +99,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return settings | ({"started_from": sha256(args.start_from)} if args.start_from else {})
 
 
-def facts_of_run(args: argparse.Namespace, history: History, device: torch.device) -> dict[str, Any]:
-    """What every file that ships says of its training. After a second cycle (`--start-from`), epochs, minutes
-    and curves are those of both, and the recipe's `started_from` is that of the first."""
+def facts_of_run(args: argparse.Namespace, history: History) -> dict[str, Any]:
+    """What every file that ships says of its training. After a second cycle (`--start-from`), epochs, minutes and
+    curves are those of both, and the recipe's `started_from` is the first's."""
     facts = {"epochs": len(history.rows), "training_minutes": round(sum(history["seconds"]) / 60, 1)}
     facts |= {name: history[name] for name in ("loss", "knn") if history[name]}
     recipe = settings_of(args)
@@ -110,7 +109,7 @@ def facts_of_run(args: argparse.Namespace, history: History, device: torch.devic
         _, before = load_weights(args.start_from)
         recipe["started_from"] = before.get("recipe", args.start_from.stem)
         facts = {name: before[name] + value if name in before else value for name, value in facts.items()}
-    versions = {
-        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
+    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, torchvision)}
+    return facts | {
+        "recipe": recipe, "seed": args.seed, "hardware": device_name(pick_device()), "versions": versions
     }  # fmt: skip
-    return facts | {"recipe": recipe, "seed": args.seed, "hardware": device_name(device), "versions": versions}

@@ -29,25 +29,16 @@ from pdl_utils.images import Augmentation, Batches, accuracy
 from pdl_utils.settings import has_bfloat16, seed_everything
 from pdl_utils.training import History, fit, run_file, sgd
 from pdl_utils.weights import load_weights, save_weights
-from scripts.common import (
-    data_parallel,
-    facts_of_run,
-    parser_of,
-    process_group,
-    rank_and_world,
-    schedule,
-    settings_of,
-)
+from scripts import common
 
 RESOLUTIONS = (64, 128)  # at which a finished network is evaluated
 SMOOTHING = 0.1
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = parser_of(__doc__, schedule=schedule("64x12,96x4,128x2"), batch_size=128, lr=0.2)
+    parser = common.parser_of(__doc__, schedule="64x12,96x4,128x2", batch_size=128, lr=0.2)
     add = parser.add_argument
-    grows = "ResNet-34 grows from weights of ResNet-18"
-    add("--arch", choices=("resnet18", "resnet34"), required=True, help=grows)
+    add("--arch", choices=("resnet18", "resnet34"), required=True)
     add("--resolution", type=int, default=128, help="the side in pixels that the weights are shipped for")
     add("--photo-size", type=int, default=160, help="the side in pixels that suits large photographs best")
     add("--scale", type=float, nargs=2, default=(0.35, 1.0), help="share of an image in a crop")
@@ -58,27 +49,19 @@ def build(args: argparse.Namespace, classes: int) -> nn.Module:
     """The network at the start of training: random, or with the function of the weights to start from."""
     model = torchvision.models.get_model(args.arch, num_classes=classes, zero_init_residual=True)
     if args.start_from:
-        weights, _ = load_weights(args.start_from)
-        arch = "resnet34" if "layer3.5.conv1.weight" in weights else "resnet18"
-        start = torchvision.models.get_model(arch, num_classes=classes)
-        start.load_state_dict(weights)
-        grow_depth(start, model)  # of equal depth, a plain copy
+        grow_depth(load_weights(args.start_from)[0], model)
     return model
 
 
 @torch.no_grad()
-def grow_depth(small: ResNet, large: ResNet) -> None:
-    """Give `large` the function of `small`, a shallower network of the same widths (Net2DeeperNet, Chen et al.
+def grow_depth(weights: dict[str, Tensor], model: ResNet) -> None:
+    """Give `model` the function of a network of the same widths that is not deeper (Net2DeeperNet, Chen et al.
     2015, arXiv:1511.05641): blocks that both have are copied; every further block becomes the identity, since its
     last batch norm is scaled to 0 and its input, out of a ReLU, is not negative.
-    ValueError: `small` has a parameter that `large` lacks, or of another shape."""
-    ours, theirs = large.state_dict(), small.state_dict()
-    misfits = [name for name, w in theirs.items() if name not in ours or ours[name].shape != w.shape]
-    if misfits:
-        raise ValueError(f"cannot grow: {misfits[0]} and {len(misfits) - 1} more do not fit the larger network")
-    large.load_state_dict({**ours, **theirs})
-    for name, module in large.named_modules():
-        if isinstance(module, BasicBlock) and f"{name}.bn2.weight" not in theirs:
+    RuntimeError: a weight has no place in `model`, or another shape."""
+    model.load_state_dict(model.state_dict() | weights)
+    for name, module in model.named_modules():
+        if isinstance(module, BasicBlock) and f"{name}.bn2.weight" not in weights:
             nn.init.zeros_(module.bn2.weight)
 
 
@@ -87,7 +70,7 @@ def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: TinyImageNet) -> History:
-    device, (rank, world) = next(model.parameters()).device, rank_and_world()
+    device, (rank, world) = next(model.parameters()).device, common.rank_and_world()
     batches = Batches(
         images=data.images.to(device), labels=data.labels.to(device), sizes=args.schedule,
         augment=Augmentation(flip=True, scale=tuple(args.scale)),
@@ -97,19 +80,19 @@ def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: T
     optimizer, scheduler = sgd(model, args.lr, args.weight_decay, steps, warmup=len(batches))
     some, their_labels = val.images[::5], val.labels[::5]
     return fit(
-        data_parallel(model), batches, loss, optimizer, epochs=len(args.schedule), scheduler=scheduler,
+        common.data_parallel(model), batches, loss, optimizer, epochs=len(args.schedule), scheduler=scheduler,
         evaluate=lambda net: {"val_top1": accuracy(net, some, their_labels, args.resolution)},
-        file=run_file(args.arch, model, loss, data=str(data.provenance), **settings_of(args)),
+        file=run_file(args.arch, model, loss, data=str(data.provenance), **common.settings_of(args)),
         autocast=has_bfloat16(device), label=None if rank else args.arch,
     )  # fmt: skip
 
 
 def export(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: TinyImageNet, history: History):
-    """Evaluate on all validation images and ship the weights with everything that one may ask about them."""
+    """Evaluate on all validation images, and ship the weights with everything that one may ask about them."""
     sizes = sorted({*RESOLUTIONS, args.resolution})
     top1 = {size: round(accuracy(model, val.images, val.labels, size), 4) for size in sizes}
     print(f"{args.arch}: top-1 on {len(val.labels):,} validation images, by resolution: {top1}")
-    facts = facts_of_run(args, history, next(model.parameters()).device) | {
+    facts = common.facts_of_run(args, history) | {
         "arch": args.arch,
         "data": f"{data.provenance.name} ({data.provenance.source})",
         "top1": top1,
@@ -123,12 +106,12 @@ def export(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    with process_group() as device:
+    with common.process_group() as device:
         seed_everything(args.seed)
         data, val = tiny_imagenet("train"), tiny_imagenet("val")
         model = build(args, len(data.wnids)).to(device)
         history = train(args, model, data, val)
-        if args.export and rank_and_world()[0] == 0:
+        if args.export and common.rank_and_world()[0] == 0:
             export(args, model, data, val, history)
 
 

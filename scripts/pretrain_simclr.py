@@ -23,23 +23,14 @@ from pdl_utils.few_labels.simclr import FILE, SimCLR, cifar_encoder, knn_monitor
 from pdl_utils.settings import seed_everything
 from pdl_utils.training import History, run_file
 from pdl_utils.weights import load_weights, save_weights
-from scripts.common import (
-    Gather,
-    data_parallel,
-    facts_of_run,
-    parser_of,
-    process_group,
-    rank_and_world,
-    schedule,
-    settings_of,
-)
+from scripts import common
 
 BANK = 10_000  # training images that kNN accuracy looks its neighbours up in, for …
 QUERIES = 2_000  # … as many others; the test images are not touched
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = parser_of(__doc__, schedule=schedule("24x30,32x30"), batch_size=512, lr=0.25)
+    parser = common.parser_of(__doc__, schedule="24x30,32x30", batch_size=512, lr=0.25)
     add = parser.add_argument
     add("--width", type=int, default=32, help="channels of the first stage")
     add("--stem-stride", type=int, default=2)
@@ -49,8 +40,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def joint_loss(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """`nt_xent_loss` over the embeddings of all processes, each of which has its own rows."""
-    if rank_and_world()[1] > 1:
-        z1, z2 = Gather.apply(z1), Gather.apply(z2)
+    if common.rank_and_world()[1] > 1:
+        z1, z2 = common.Gather.apply(z1), common.Gather.apply(z2)
     return nt_xent_loss(z1, z2, temperature)
 
 
@@ -62,44 +53,40 @@ def build(args: argparse.Namespace) -> SimCLR:
     return model
 
 
-def few_enough(images: Tensor) -> tuple[int, int]:
-    """The sizes of bank and queries: fewer where there are fewer images."""
-    bank = min(BANK, 5 * len(images) // 6)
-    return bank, min(QUERIES, len(images) - bank)
-
-
 def train(args: argparse.Namespace, model: SimCLR, data: LabelledImages) -> History:
+    images, labels, settings = data.train_images, data.train_labels, common.settings_of(args)
+    bank = min(BANK, 5 * len(images) // 6)  # fewer where there are fewer images
     return pretrain(
-        data_parallel(model), data.train_images, args.schedule,
+        common.data_parallel(model), images, args.schedule,
         loss=partial(joint_loss, temperature=args.temperature), lr=args.lr, weight_decay=args.weight_decay,
-        batch_size=args.batch_size, seed=args.seed, part=rank_and_world(),
-        evaluate=knn_monitor(data.train_images, data.train_labels, *few_enough(data.train_images)),
-        file=run_file("SimCLR", model, pretrain, nt_xent_loss, data=str(data.provenance), **settings_of(args)),
-        label=None if rank_and_world()[0] else "SimCLR",
+        batch_size=args.batch_size, seed=args.seed, part=common.rank_and_world(),
+        evaluate=knn_monitor(images, labels, bank, min(QUERIES, len(images) - bank)),
+        file=run_file("SimCLR", model, pretrain, nt_xent_loss, data=str(data.provenance), **settings),
+        label=None if common.rank_and_world()[0] else "SimCLR",
     )  # fmt: skip
 
 
 def export(args: argparse.Namespace, model: SimCLR, data: LabelledImages, history: History) -> None:
     """Ship the encoder, without the projection, with everything that one may ask about it."""
     count, origin = len(data.train_images), data.provenance
-    facts = facts_of_run(args, history, next(model.parameters()).device) | {
+    facts = common.facts_of_run(args, history) | {
         "arch": "cifar_resnet18",
         "width": args.width,
         "stem_stride": args.stem_stride,
         "data": f"{origin.name}, {count:,} training images without labels ({origin.source})",
     }
     save_weights(args.export / FILE, model.encoder.state_dict(), facts)
-    print(f"SimCLR: kNN accuracy {facts['knn'][-1]:.1%} on {few_enough(data.train_images)[1]:,} training images")
+    print(f"SimCLR: kNN accuracy {facts['knn'][-1]:.1%}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    with process_group() as device:
+    with common.process_group() as device:
         seed_everything(args.seed)
         data = cifar10()
         model = build(args).to(device, memory_format=torch.channels_last)
         history = train(args, model, data)
-        if args.export and rank_and_world()[0] == 0:
+        if args.export and common.rank_and_world()[0] == 0:
             export(args, model, data, history)
 
 
