@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -38,9 +38,9 @@ class PretrainedNetwork:
 
     model: nn.Module
     categories: list[str]
-    resize: int
-    size: int
     provenance: Provenance
+    resize: int = 256
+    size: int = 224
     interpolation: str = "bilinear"
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
@@ -59,61 +59,45 @@ class PretrainedNetwork:
         return normalize(crops.to(next(self.model.parameters()).device), self.mean, self.std)
 
     @torch.no_grad()
-    def logits(self, crops: Tensor, batch: int = 32) -> Tensor:
+    def logits(self, crops: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) → scores (N, number of categories), on the CPU."""
-        return torch.cat([self.model(self.preprocess(some)).cpu() for some in crops.split(batch)])
-
-    def class_of(self, name: str | None) -> int | None:
-        """The class of this name, which may be 0; None where the network has none, or several ("crane"). Of
-        synonyms, "goldfish, Carassius auratus", the first counts."""
-        return find_class(name.split(",")[0], self.categories) if name else None
+        return torch.cat([self.model(self.preprocess(some)).cpu() for some in crops.split(32)])
 
     def classes_of(self, names: Sequence[str | None]) -> Tensor:
-        """`class_of` each, int64 (N,), with -1 for None."""
-        found = {name: self.class_of(name) for name in set(names)}
-        return torch.tensor([-1 if found[name] is None else found[name] for name in names])
+        """`find_class` of each name, int64 (N,). Of synonyms, "goldfish, Carassius auratus", the first counts."""
+        found = {name: find_class(name.split(",")[0], self.categories) for name in set(names) if name}
+        return torch.tensor([found.get(name, -1) for name in names])
 
 
-def find_class(name: str, categories: Sequence[str]) -> int | None:
-    """The one class of this name. Upper and lower case are told apart only where they must be, as for "Cardigan"
-    (a dog) and "cardigan"."""
+def find_class(name: str, categories: Sequence[str]) -> int:
+    """The one class of this name; -1 where there is none, or several ("crane"). Upper and lower case are told
+    apart only where they must be, as for "Cardigan" (a dog) and "cardigan"."""
     exact = [i for i, category in enumerate(categories) if category == name]
     found = exact or [i for i, category in enumerate(categories) if category.lower() == name.lower()]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 else -1
 
 
-def pretrained_resnet(arch: str, device: torch.device | str = "cpu") -> PretrainedNetwork:
-    """'resnet18' or 'resnet34', trained on ImageNet, as `torchvision_network` finds it; where that finds nothing,
-    this project's own, trained on Tiny ImageNet (200 of the classes). CorruptCheckpoint: that file is damaged."""
-    if arch not in ("resnet18", "resnet34"):
-        raise ValueError(f"no weights for {arch!r}; choose 'resnet18' or 'resnet34'")
-    return torchvision_network(arch, device, otherwise=own_network)
-
-
-def torchvision_network(
-    arch: str,
-    device: torch.device | str = "cpu",
-    otherwise: Callable[[str], PretrainedNetwork] | None = None,
-) -> PretrainedNetwork:
-    """A classifier of torchvision, 'mobilenet_v3_small': with the user's own weights in `weights/ARCH.safetensors`
-    under the data root, if that is there (data/checkpoints/README.md says what it holds), else with torchvision's
-    for ImageNet and the preprocessing that belongs to them, else what `otherwise(arch)` gives.
-
-    ValueError: no such classifier. UnfitWeights: the user's file is damaged or for another network. NoRealData: no
-    weights are to be had, and there is no `otherwise`."""
+def torchvision_network(arch: str, device: torch.device | str = "cpu") -> PretrainedNetwork:
+    """A classifier of torchvision, 'mobilenet_v3_small': with the user's own `weights/ARCH.safetensors` under the
+    data root, if it is there (data/checkpoints/README.md); else with torchvision's weights for ImageNet; where
+    those cannot be had, 'resnet18' and 'resnet34' as this project trained them. UnfitWeights: the user's file is
+    damaged or for another network. NoRealData: there are no weights."""
     known = list_models(module=torchvision.models)
     if arch not in known:
-        similar = ", ".join(get_close_matches(arch, known)) or ", ".join(known)
-        raise ValueError(f"torchvision has no classifier {arch!r}; did you mean {similar}?")
+        similar = get_close_matches(arch, known) or known
+        raise ValueError(f"torchvision has no classifier {arch!r}; did you mean {', '.join(similar)}?")
     file = data_root() / "weights" / f"{arch}.safetensors"
-    network = users_network(arch, file) if file.exists() else official_network(arch, otherwise)
+    network = users_network(arch, file) if file.exists() else official_network(arch)
     network.model.to(device, memory_format=torch.channels_last)
     return network
 
 
+pretrained_resnet = torchvision_network  # its name for 'resnet18' and 'resnet34', which can always be had
+
+
 def users_network(arch: str, file: Path) -> PretrainedNetwork:
-    """The network whose weights are in `file`, with its facts: `categories`, and `source`, `resize`, `size`,
-    `interpolation`, `mean`, `std`, `transform_input` where they are not the usual ones."""
+    """The network whose weights are in `file`, with its facts: `categories`, and where they are not the usual ones
+    `source`, `resize`, `size`, `interpolation`, `mean`, `std` and `transform_input`."""
     try:
         weights, facts = read_weights(file)
         model = get_model(arch, num_classes=len(facts["categories"]))
@@ -128,16 +112,15 @@ def users_network(arch: str, file: Path) -> PretrainedNetwork:
         model.transform_input = facts["transform_input"]
     origin = with_notice(f"{arch} weights", facts.get("source", f"the file weights/{file.name}"), file.parent)
     print(origin)
-    shape = {name: facts[name] for name in ("interpolation", "mean", "std") if name in facts}
-    size = facts.get("size", 224)
-    return PretrainedNetwork(model, facts["categories"], facts.get("resize", 256), size, origin, **shape)
+    given = {name: facts[name] for name in ("resize", "size", "interpolation", "mean", "std") if name in facts}
+    return PretrainedNetwork(model, facts["categories"], origin, **given)
 
 
-def official_network(arch: str, otherwise: Callable[[str], PretrainedNetwork] | None) -> PretrainedNetwork:
-    """With torchvision's weights IMAGENET1K_V1, or the first that it has."""
-    entries = {entry.name: entry for entry in get_model_weights(arch)}
+def official_network(arch: str) -> PretrainedNetwork:
+    """With torchvision's weights IMAGENET1K_V1, or the first that it has; else as this project trained it."""
+    entries = get_model_weights(arch).__members__
     entry = entries.get("IMAGENET1K_V1") or next(iter(entries.values()))
-    file, preset = Path(entry.url).name, entry.transforms()
+    file, preset, categories = Path(entry.url).name, entry.transforms(), entry.meta["categories"]
 
     def read(path: Path) -> PretrainedNetwork:
         with reading(path):
@@ -148,16 +131,14 @@ def official_network(arch: str, otherwise: Callable[[str], PretrainedNetwork] | 
         # torchvision's own function knows what belongs to the weights: transform_input, sizes, renamed keys.
         with patch.object(type(entry), "get_state_dict", lambda *_, **__: state):
             model = get_model(arch, weights=entry)
-        categories = entry.meta["categories"]
         origin = Provenance(f"{arch} weights", f"torchvision's {entry.name}, {len(categories):,} classes")
-        sides = preset.resize_size[0], preset.crop_size[0]
-        colours = preset.interpolation.value, preset.mean, preset.std
-        return PretrainedNetwork(model, categories, *sides, origin, *colours)
+        resize, size, how = preset.resize_size[0], preset.crop_size[0], preset.interpolation.value
+        return PretrainedNetwork(model, categories, origin, resize, size, how, preset.mean, preset.std)
 
     def download(folder: Path) -> None:
         torch.hub.download_url_to_file(entry.url, str(folder / file), progress=progress_wanted())
 
-    stand_in = (lambda: otherwise(arch)) if otherwise else None
+    stand_in = (lambda: own_network(arch)) if arch in ("resnet18", "resnet34") else None
     return obtain(f"{arch} weights", file, read=read, download=download, stand_in=stand_in)
 
 
@@ -166,12 +147,9 @@ def own_network(arch: str) -> PretrainedNetwork:
     weights, facts = load_weights(CHECKPOINTS / f"{arch}_tiny_imagenet.safetensors")
     model = get_model(arch, num_classes=len(facts["categories"]))
     model.load_state_dict(weights)
-    accuracy, size = facts["top1"][str(facts["resolution"])], facts["photo_size"]
-    origin = Provenance(
-        f"{arch} weights",
-        f"this project's own, trained on {facts['data']}, top-1 {accuracy:.1%} at {facts['resolution']} px",
-    )
-    return PretrainedNetwork(model, facts["categories"], size, size, origin)
+    side, size = facts["resolution"], facts["photo_size"]
+    source = f"this project's own, trained on {facts['data']}, top-1 {facts['top1'][str(side)]:.1%} at {side} px"
+    return PretrainedNetwork(model, facts["categories"], Provenance(f"{arch} weights", source), size, size)
 
 
 def cifar_resnet18(num_classes: int = 10, *, width: int = 64, stem_stride: int = 1) -> nn.Sequential:
@@ -182,24 +160,22 @@ def cifar_resnet18(num_classes: int = 10, *, width: int = 64, stem_stride: int =
     def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
         shortcut = None
         if stride > 1:
-            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+            shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
         return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut), BasicBlock(outputs, outputs))
 
-    model = nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False),
-            bn1=nn.BatchNorm2d(width),
-            relu=nn.ReLU(inplace=True),
-            layer1=stage(width, width, 1),
-            layer2=stage(width, 2 * width, 2),
-            layer3=stage(2 * width, 4 * width, 2),
-            layer4=stage(4 * width, 8 * width, 2),
-            avgpool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-            fc=nn.Linear(8 * width, num_classes),
-        )
+    layers = OrderedDict(
+        conv1=nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False),
+        bn1=nn.BatchNorm2d(width),
+        relu=nn.ReLU(inplace=True),
+        layer1=stage(width, width, 1),
+        layer2=stage(width, 2 * width, 2),
+        layer3=stage(2 * width, 4 * width, 2),
+        layer4=stage(4 * width, 8 * width, 2),
+        avgpool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(8 * width, num_classes),
     )
+    model = nn.Sequential(layers)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -16,7 +16,7 @@ from torch import Tensor
 from pdl_utils.settings import REPOSITORY, save_atomically
 
 CHECKPOINTS = REPOSITORY / "data" / "checkpoints"
-DIGESTS = "SHA256SUMS"
+DIGESTS = "SHA256SUMS"  # in the same folder; a line is a digest and a file's name
 SCALE = ".row_scale"  # ends the name of what the rows of an 8-bit tensor are multiplied by
 
 
@@ -29,10 +29,13 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def digest_lines(folder: Path) -> list[str]:
+    return (folder / DIGESTS).read_text().splitlines() if (folder / DIGESTS).exists() else []
+
+
 def save_weights(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write weights, and `facts` as JSON values; enter the file in its folder's SHA256SUMS. A matrix or kernel
-    becomes 8-bit numbers with one scale for each output (row), other floats float16; the rest stays.
-    ValueError: a weight is NaN or infinite."""
+    becomes 8-bit numbers with one scale for each output (row), other floats float16; the rest stays."""
     stored = {}
     for name, weight in weights.items():
         weight = weight.detach().cpu()
@@ -46,43 +49,31 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, 
         stored[name] = (weight.half() if weight.is_floating_point() else weight).contiguous()
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     save_atomically(lambda partial: save_file(stored, partial, metadata), path)
-    digests = {**read_digests(path.parent), path.name: sha256(path)}
-    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    others = [line for line in digest_lines(path.parent) if line.split()[1] != path.name]
+    text = "\n".join([*others, f"{sha256(path)}  {path.name}", ""])
     save_atomically(lambda partial: partial.write_text(text, newline="\n"), path.parent / DIGESTS)
 
 
-def read_digests(folder: Path) -> dict[str, str]:
-    """File name → SHA-256 from a folder's SHA256SUMS; empty where there is none."""
-    file = folder / DIGESTS
-    lines = file.read_text().splitlines() if file.exists() else []
-    return {name: digest for digest, name in map(str.split, lines)}
-
-
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in float32, and the facts, of a file of this format; nothing is ever unpickled.
-    CorruptCheckpoint: the file is malformed, or a value of its metadata is not JSON."""
+    """The weights in float32, and the facts, of a file of this format; nothing is ever unpickled."""
     try:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise CorruptCheckpoint(f"{path} cannot be read as safetensors with JSON metadata ({error})") from error
-    weights = {}
-    for name, weight in stored.items():
+    weights = {name: weight for name, weight in stored.items() if not name.endswith(SCALE)}
+    for name, weight in weights.items():
         if name + SCALE in stored:
-            weight = (weight.flatten(1) * stored[name + SCALE][:, None]).view(weight.shape)
-        if not name.endswith(SCALE):
-            weights[name] = weight.float() if weight.dtype == torch.float16 else weight
+            weights[name] = (weight.flatten(1) * stored[name + SCALE][:, None]).view(weight.shape)
+        elif weight.dtype == torch.float16:
+            weights[name] = weight.float()
     return weights, facts
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`read_weights` of a file whose digest stands in its folder's SHA256SUMS.
-    FileNotFoundError: there is none. CorruptCheckpoint: it differs from its entry, or is malformed."""
-    remedy = f"`git checkout -- {path.name}` in {path.parent} brings it back"
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}; {remedy}")
-    listed, found = read_digests(path.parent).get(path.name, "none"), sha256(path)
-    if found != listed:
-        raise CorruptCheckpoint(f"{path.name} has SHA-256 {found[:12]}…, {DIGESTS} says {listed[:12]}; {remedy}")
+    """`read_weights` of a file that is what its folder's SHA256SUMS says."""
+    if not path.exists() or f"{sha256(path)}  {path.name}" not in digest_lines(path.parent):
+        remedy = f"`git checkout -- {path.name}` in {path.parent} brings it back"
+        raise CorruptCheckpoint(f"{path.name} is missing, or not the file that {DIGESTS} lists; {remedy}")
     return read_weights(path)

@@ -16,14 +16,12 @@ Row = tuple[Tensor, Sequence[Tensor], Sequence[str]]  # a photograph, its maps, 
 
 def pictures(photo: Tensor, maps: Sequence[Tensor], signed: bool = False) -> list[np.ndarray]:
     """A photograph (3, H, W), then each map (h, w) enlarged, divided by its largest value and laid over it."""
-    heats = [scale_to_one(enlarge(cells[None, None], tuple(photo.shape[-2:])))[0, 0] for cells in maps]
+    heats = [scale_to_one(enlarge(cells[None, None], photo.shape[-2:]))[0, 0] for cells in maps]
     return [to_pixels(photo), *(overlay(photo, heat, signed) for heat in heats)]
 
 
 def map_grid(rows: Sequence[Row], columns: int, *, signed: bool = False, cell: float = 1.9) -> Figure:
     """The `pictures` of all rows with their titles, `columns` in a line, `cell` inches wide."""
-    tiles, titles = [], []
-    for photo, maps, texts in rows:
-        tiles += pictures(photo, maps, signed)
-        titles += texts
+    tiles = [tile for photo, maps, _ in rows for tile in pictures(photo, maps, signed)]
+    titles = [title for *_, texts in rows for title in texts]
     return image_grid(tiles, titles, columns=columns, cell=cell)

@@ -1,8 +1,5 @@
-"""Grad-CAM and its relatives: where in the image is the evidence for a class?
-
-Selvaraju et al. 2017, "Grad-CAM", arXiv:1610.02391. Guided backpropagation: Springenberg et al. 2014, "Striving
-for Simplicity", arXiv:1412.6806.
-"""
+"""Where in the image is the evidence for a class? Grad-CAM: Selvaraju et al. 2017, arXiv:1610.02391. Guided
+backpropagation: Springenberg et al. 2014, "Striving for Simplicity", arXiv:1412.6806."""
 
 from __future__ import annotations
 
@@ -22,18 +19,12 @@ from pdl_utils.resnet import PretrainedNetwork
 
 @dataclass
 class ClassMaps:
-    """What `grad_cam` returns for N images and K classes each.
+    """What `grad_cam` returns for N images and K classes each."""
 
-    maps: layer → (N, K, h, w), at the layer's own resolution, in units of score × activation.
-    classes: int64 (N, K). logits: (N, C), the network's scores. size: height and width of the images.
-    signed: the maps also hold negative values, what argues against a class.
-    """
-
-    maps: dict[str, Tensor]
-    classes: Tensor
-    logits: Tensor
-    size: tuple[int, int]
-    signed: bool = False
+    maps: dict[str, Tensor]  # layer → (N, K, h, w), at the layer's own resolution, in units of score × activation
+    classes: Tensor  # int64 (N, K)
+    logits: Tensor  # (N, C), the network's scores
+    size: tuple[int, int]  # height and width of the images
 
     @property
     def probabilities(self) -> Tensor:
@@ -44,20 +35,14 @@ class ClassMaps:
 
     def heatmaps(self, layer: str | None = None) -> Tensor:
         """The maps of a layer, of the first if None, to lay over the images: (N, K, H, W), each divided by its
-        largest absolute value, in 0..1, or -1..1 if signed."""
+        largest absolute value."""
         return scale_to_one(enlarge(self.maps[layer or next(iter(self.maps))], self.size))
 
 
 def grad_cam(
-    model: nn.Module,
-    images: Tensor,
-    layers: str | Sequence[str],
-    classes: Classes = None,
-    *,
-    top_k: int = 1,
-    signed: bool = False,
-    channels_last: bool | None = None,
-) -> ClassMaps:
+    model: nn.Module, images: Tensor, layers: str | Sequence[str], classes: Classes = None, *, top_k: int = 1,
+    signed: bool = False, channels_last: bool | None = None,
+) -> ClassMaps:  # fmt: skip
     """Grad-CAM maps of several classes at several layers, from one forward pass in eval mode; the model is left as
     it was. With activations A of a layer and the score y of a class (equations 1 and 2):
 
@@ -69,14 +54,13 @@ def grad_cam(
         classes: None for each image's `top_k`, one for all images, one for each (N,), or several (N, K): numbers,
             or names where the model has `categories`, as those of `pretrained_resnet` do.
         signed: leave out the ReLU; what is negative argues against the class.
-        channels_last: the layers give (N, h, w, C), as in Swin. None: (N, C, h, w), and what cannot be that,
-            by the images' proportions, is refused; False: that, whatever its proportions.
+        channels_last: True: the layers give (N, h, w, C), as in Swin. None: (N, C, h, w) in the proportions of the
+            images; False: (N, C, h, w) of any.
     """
     with evaluating(model), record_activations(model, layers) as seen:
-        logits = class_scores(model, float_batch(images))
+        logits, size = class_scores(model, float_batch(images)), tuple(images.shape[-2:])
         classes = choose_classes(logits, classes, top_k, getattr(model, "categories", ()))
-        names, size = [layers] if isinstance(layers, str) else list(layers), tuple(images.shape[-2:])
-        activations = {name: feature_maps(seen, name, size, channels_last) for name in names}
+        activations = {name: feature_maps(seen[name], name, size, channels_last) for name in seen}
         gradients = class_gradients(logits, classes, activations)
     maps = {}
     for name, activation in activations.items():
@@ -86,27 +70,21 @@ def grad_cam(
         alpha = gradient.mean((3, 4))  # (N, K, channels), equation 1
         summed = torch.einsum("nkc,nchw->nkhw", alpha, activation)  # equation 2, but for the ReLU
         maps[name] = finite(summed if signed else summed.relu(), f"the map of {name!r}")
-    return ClassMaps(maps, classes, logits.detach(), size, signed)
+    return ClassMaps(maps, classes, logits.detach(), size)
 
 
 def explain_photos(
-    network: PretrainedNetwork,
-    photos: Tensor,
-    layers: str | Sequence[str],
-    classes: Tensor,
-    *,
-    signed: bool = False,
-    batch: int = 32,
+    network: PretrainedNetwork, photos: Tensor, layers: str | Sequence[str], classes: Tensor, signed: bool = False
 ) -> ClassMaps:
-    """`grad_cam` of any number of uint8 (N, 3, H, W), `batch` at a time, resized to the network's `size` (of the
+    """`grad_cam` of any number of uint8 (N, 3, H, W), 32 at a time, resized to the network's `size` (of the
     shorter side); what it gives is on the CPU."""
-    kept = []
-    for some, asked in zip(photos.split(batch), classes.split(batch), strict=True):
+    parts = []
+    for some, asked in zip(photos.split(32), classes.split(32), strict=True):
         images = network.preprocess(resize(some, network.size))
-        kept.append(grad_cam(network.model, images, layers, asked, signed=signed))
-    maps = {name: torch.cat([part.maps[name] for part in kept]).cpu() for name in kept[0].maps}
-    chosen, logits = torch.cat([part.classes for part in kept]), torch.cat([part.logits for part in kept])
-    return ClassMaps(maps, chosen.cpu(), logits.cpu(), kept[0].size, signed)
+        parts.append(grad_cam(network.model, images, layers, asked, signed=signed))
+    maps = {name: torch.cat([part.maps[name] for part in parts]).cpu() for name in parts[0].maps}
+    chosen, logits = torch.cat([part.classes for part in parts]), torch.cat([part.logits for part in parts])
+    return ClassMaps(maps, chosen.cpu(), logits.cpu(), parts[0].size)
 
 
 def class_gradients(logits: Tensor, classes: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,60 +97,43 @@ def class_gradients(logits: Tensor, classes: Tensor, inputs: Mapping[str, Tensor
         lost = [name for name, gradient in zip(inputs, rows[0], strict=True) if gradient is None]
     if lost:
         raise ValueError(
-            f"no gradient leads from the scores to {', '.join(lost)}: the scores do not depend on it, or the "
-            "forward pass cuts the way (detach, no_grad, .data, NumPy)"
+            f"no gradient leads from the scores to {', '.join(lost)}: they do not depend on it, or the forward "
+            "pass cuts the way (detach, no_grad, .data, NumPy)"
         )
-    return dict(zip(inputs, (torch.stack(gradients, 1) for gradients in zip(*rows, strict=True)), strict=True))
+    columns = zip(*rows, strict=True)  # of one input each, the gradients of K scores
+    return {name: torch.stack(column, 1) for name, column in zip(inputs, columns, strict=True)}
 
 
 class GuidedReLU(TorchFunctionMode):
     """While active, gradients flow back through a ReLU, module or function, only where they are positive
-    (Springenberg et al. 2014). `relus` counts them; `others` names other activations that were met."""
+    (Springenberg et al. 2014). `met` counts the ReLUs."""
 
     RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
-    OTHERS = (
-        "celu elu gelu hardsigmoid hardswish hardtanh leaky_relu mish prelu relu6 selu sigmoid silu softplus tanh"
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relus, self.others = 0, set()
+    met = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         if func in self.RELUS:
-            self.relus += 1
+            self.met += 1
             if output.requires_grad:
                 output.register_hook(lambda gradient: gradient.clamp(min=0))
-        elif (name := getattr(func, "__name__", "").rstrip("_")) in self.OTHERS.split():
-            self.others.add(name)
         return output
 
 
 def guided_backprop(model: nn.Module, images: Tensor, classes: Classes = None, *, top_k: int = 1) -> Tensor:
     """Gradient of class scores with respect to the images, through guided ReLUs: (N, K, C, H, W). Takes what
-    `grad_cam` takes. ValueError: no ReLU was met, and this would be the plain gradient."""
+    `grad_cam` takes. ValueError: the network has no ReLU, and this would be the plain gradient."""
     with evaluating(model):
         pixels = float_batch(images).requires_grad_()
-        with GuidedReLU() as guide:
+        with GuidedReLU() as relus:
             logits = class_scores(model, pixels)
-        if not guide.relus:
-            met = ", ".join(sorted(guide.others)) or "no activation"
-            raise ValueError(f"guided backpropagation needs ReLUs; this network's forward pass met {met}")
+        if not relus.met:
+            raise ValueError("guided backpropagation needs ReLUs, and this network's forward pass runs none")
         classes = choose_classes(logits, classes, top_k, getattr(model, "categories", ()))
         return finite(class_gradients(logits, classes, {"images": pixels})["images"], "the gradient")
 
 
-def guided_grad_cam(
-    model: nn.Module, images: Tensor, layer: str, classes: Classes = None, *, top_k: int = 1
-) -> Tensor:
-    """Guided backpropagation times the Grad-CAM map at image size: sharp and class-specific,
-    (N, K, C, H, W)."""
-    cam = grad_cam(model, images, layer, classes, top_k=top_k)
-    return guided_backprop(model, images, cam.classes) * enlarge(cam.maps[layer], cam.size).unsqueeze(2)
-
-
-def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Maps (N, K, h, w) at another size, bilinear; a map cell covers the part of the image that it stands for."""
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
 

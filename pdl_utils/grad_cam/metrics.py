@@ -1,9 +1,6 @@
-"""Is the map right? Measures that can say no.
-
-Boxes: Zhang et al. 2016 (pointing game, arXiv:1608.00507) and Wang et al. 2020 (energy in the box,
-arXiv:1910.01279). Pixels: Petsiuk et al. 2018 (insertion and deletion, arXiv:1806.07421). Weights: Adebayo et al.
-2018 (cascading randomisation, arXiv:1810.03292).
-"""
+"""Is the map right? Boxes: Zhang et al. 2016 (pointing game, arXiv:1608.00507), Wang et al. 2020 (energy in the
+box, arXiv:1910.01279). Pixels: Petsiuk et al. 2018 (insertion and deletion, arXiv:1806.07421). Weights: Adebayo et
+al. 2018 (cascading randomisation, arXiv:1810.03292)."""
 
 from __future__ import annotations
 
@@ -21,36 +18,28 @@ from pdl_utils.grad_cam.hooks import evaluating, find_layer, record_activations
 from pdl_utils.grad_cam.maps import enlarge
 
 
-def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boolean (N, h, w), True inside boxes (N, 4) of x0, y0, x1, y1 in pixels, both ends inside."""
-    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(1)
-    y, x = (torch.arange(n, device=boxes.device) for n in size)
-    rows, columns = (y >= y0) & (y <= y1), (x >= x0) & (x <= x1)
+def box_masks(boxes: Tensor, size: Sequence[int], cells: Sequence[int] | None = None) -> Tensor:
+    """Boolean (N, h, w): which of the cells (h, w) that an image of `size` is divided into, its pixels if None,
+    have their centre inside the box? Boxes: integers (N, 4), x0, y0, x1, y1 in pixels, both ends inside."""
+    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(1)  # pixel i reaches from i to i + 1
+    sides = zip(cells or size, size, strict=True)
+    y, x = ((torch.arange(n, device=boxes.device) + 0.5) / n * side for n, side in sides)
+    rows, columns = (y >= y0) & (y <= y1 + 1), (x >= x0) & (x <= x1 + 1)
     return rows.unsqueeze(2) & columns.unsqueeze(1)
 
 
-def pointing_game(maps: Tensor, boxes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+def pointing_game(maps: Tensor, boxes: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """Does the centre of the map's highest cell lie in the box? (N,): 1 or 0; where several cells are equally high
-    (up to rounding), the share of them that do. A map without a positive value points nowhere: 0.
-
-    Args:
-        maps: (N, h, w), best at the layer's own resolution: enlarged, the outermost cells become plateaus.
-        boxes: integers (N, 4), x0, y0, x1, y1 in pixels, both ends inside.
-        size: height and width that the boxes are given in; the maps' own if None.
-    """
-    finite(maps, "maps")
-    height, width = size or maps.shape[-2:]
-    y, x = ((torch.arange(n, device=maps.device) + 0.5) / n for n in maps.shape[-2:])
-    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(1)  # pixel i reaches from i to i + 1
-    rows = (y * height >= y0) & (y * height <= y1 + 1)
-    columns = (x * width >= x0) & (x * width <= x1 + 1)
-    peak = maps.amax((1, 2), keepdim=True)
+    (up to rounding), the share of them that do; 0 for a map without a positive value. Maps (N, h, w) are best at
+    the layer's own resolution: enlarged, the outermost cells become plateaus. Boxes as for `box_masks`; `size` is
+    that of their image, the maps' own if None."""
+    peak = finite(maps, "maps").amax((1, 2), keepdim=True)
     highest = (maps >= peak * (1 - 1e-5)) & (peak > 0)
-    hits = highest & rows.unsqueeze(2) & columns.unsqueeze(1)
+    hits = highest & box_masks(boxes, size or maps.shape[-2:], maps.shape[-2:])
     return hits.sum((1, 2)) / highest.sum((1, 2)).clamp(min=1)
 
 
-def energy_in_box(maps: Tensor, boxes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+def energy_in_box(maps: Tensor, boxes: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """Share of the map's positive sum that lies in the box, (N,); 0 for a map of zeros. Takes what `pointing_game`
     takes, and enlarges the maps to `size`."""
     positive = enlarge(finite(maps, "maps").unsqueeze(1), size or maps.shape[-2:]).squeeze(1).clamp(min=0)
@@ -75,7 +64,7 @@ def in_words(values: Tensor, form: str = ".2f") -> str:
 
 def receptive_fields(
     model: nn.Module, images: Tensor, layers: Sequence[str], share: float = 0.9
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Side in pixels of what a unit in the middle of a layer sees (Luo et al. 2016, arXiv:1701.04128): the columns
     that hold `share` of the gradient of that unit, summed over channels, with respect to images (N, C, H, W)."""
     sides = {}
@@ -86,7 +75,7 @@ def receptive_fields(
             rows, columns = seen[layer].shape[-2:]
             unit = seen[layer][:, :, rows // 2, columns // 2].sum()
             (gradient,) = torch.autograd.grad(unit, pixels, retain_graph=True)
-            mass = gradient.abs().sum((0, 1, 2)).cumsum(0)
+            mass = finite(gradient, f"the gradient of {layer!r}").abs().sum((0, 1, 2)).cumsum(0)
             ends = torch.tensor([(1 - share) / 2, (1 + share) / 2], device=mass.device) * mass[-1]
             first, last = torch.searchsorted(mass, ends).tolist()
             sides[layer] = float(last - first + 1)
@@ -143,9 +132,8 @@ def hottest_overlap(maps: Tensor, others: Tensor, share: float = 0.2) -> Tensor:
 def cascading_randomization(
     model: nn.Module, layers: Sequence[str], seed: int = 0
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (layer, copy of the model) with the weights of ever more layers drawn anew by their modules' own
-    `reset_parameters`, in the order given: from the classifier down (Adebayo et al. 2018). The model and
-    the caller's random numbers stay as they are. ValueError: a layer has no weights to draw."""
+    """Yield (layer, copy of the model) with the weights of ever more layers, in the order given, drawn anew by
+    their modules' own `reset_parameters`. The model and the caller's random numbers stay as they are."""
     randomised = copy.deepcopy(model)
     for position, name in enumerate(layers):
         drawn = [m for m in find_layer(randomised, name).modules() if hasattr(m, "reset_parameters")]
@@ -162,7 +150,7 @@ def randomization_check(
     model: nn.Module, explain: Callable[[nn.Module], Tensor], layers: Sequence[str], draws: int = 1
 ) -> Tensor:
     """Rank correlation between the maps (N, h, w) that `explain` gives of the model and of its randomised copies:
-    (draws, layers, N). A map that depends on what the network has learnt falls to what unrelated maps have."""
+    (draws, layers, N). Maps of what the network has learnt fall to what unrelated maps have."""
     trained, rows = explain(model), []
     for draw in range(draws):
         copies = cascading_randomization(model, layers, seed=draw)

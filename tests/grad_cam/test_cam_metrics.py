@@ -33,17 +33,16 @@ def test_both_ends_of_a_box_are_inside():
     mask = cams.box_masks(BOX, (8, 9))[0]
     assert (mask.shape, mask.sum()) == ((8, 9), 4 * 4)
     assert mask[3:7, 2:6].all()
-    inside, outside = [(3, 2), (6, 5), (3, 5), (6, 2)], [(2, 2), (7, 5), (3, 1), (6, 6)]
-    peaks = torch.stack([point(y, x) for y, x in inside + outside])
+    peaks = torch.stack([point(*p) for p in [(3, 2), (6, 5), (3, 5), (6, 2), (2, 2), (7, 5), (3, 1), (6, 6)]])
     assert cams.pointing_game(peaks, BOX.expand(8, 4)).tolist() == [1] * 4 + [0] * 4
 
 
 def test_the_highest_cell_points_at_its_centre():
     """Cells are 16 pixels wide and 8 high: that of row 0, column 3 has its centre at (56, 4). Enlarged, the
     highest value would be a plateau from there to the border, whose first pixel decided."""
-    cells = point(0, 3, size=4)[None]
-    for box, hit in (([50, 2, 60, 10], 1), ([57, 2, 63, 10], 0), ([50, 5, 60, 20], 0), ([55, 3, 55, 3], 1)):
-        assert cams.pointing_game(cells, torch.tensor([box]), (32, 64)).item() == hit
+    boxes = torch.tensor([[50, 2, 60, 10], [57, 2, 63, 10], [50, 5, 60, 20], [55, 3, 55, 3]])
+    hits = cams.pointing_game(point(0, 3, size=4).expand(4, 4, 4), boxes, (32, 64))
+    assert hits.tolist() == [1, 0, 0, 1]
 
 
 def test_cells_that_are_equally_high_count_by_their_share():
@@ -55,12 +54,11 @@ def test_cells_that_are_equally_high_count_by_their_share():
 
 def test_energy_is_a_share_of_the_positive_part_and_zeros_have_none():
     heat = point(3, 2) * 3 + point(0, 0) - 5 * point(7, 7)
-    assert cams.energy_in_box(heat[None], BOX).tolist() == [0.75]
-    assert cams.energy_in_box(0 * heat[None], BOX).tolist() == [0]
+    assert cams.energy_in_box(torch.stack([heat, 0 * heat]), BOX.expand(2, 4)).tolist() == [0.75, 0]
     assert cams.pointing_game(0 * heat[None], torch.tensor([[0, 0, 7, 7]])).tolist() == [0]
 
 
-def test_a_map_that_is_not_finite_is_an_error_and_not_a_miss():
+def test_what_is_not_finite_is_an_error_and_not_a_miss():
     maps, other, boxes = torch.rand(2, 8, 8), torch.rand(2, 8, 8), BOX.expand(2, 4)
     maps[1, 0, 0] = torch.nan
     measures = [
@@ -70,6 +68,7 @@ def test_a_map_that_is_not_finite_is_an_error_and_not_a_miss():
         lambda: cams.hottest_overlap(other, maps),
         lambda: cams.mean_interval(maps.flatten()),
         lambda: cams.insertion_deletion(PixelSum(), torch.rand(2, 3, 8, 8), maps, torch.tensor([0, 0])),
+        lambda: cams.receptive_fields(nn.Sequential(nn.Sigmoid()), maps[:, None], ["0"]),
     ]
     for measure in measures:
         with pytest.raises(ValueError, match="a value is NaN or infinite"):
@@ -85,19 +84,15 @@ def test_the_interval_of_a_mean():
     assert (low, high) == pytest.approx((0.72, 0.88), abs=0.015)  # 0.8 ± 1.96·sqrt(0.8·0.2/100)
     assert cams.mean_interval(torch.tensor([0.5])) == pytest.approx((0.5, np.nan, np.nan), nan_ok=True)
     assert cams.in_words(torch.ones(3)) == "1.00 (1.00 to 1.00)"
+    assert cams.in_words(torch.ones(1)) == "1.00 (one value)"
 
 
-def test_rank_correlation():
-    a = torch.arange(16.0).view(1, 4, 4)
-    others = torch.cat([a**3, -a, torch.zeros(1, 4, 4)])
-    assert cams.rank_correlation(a.expand(3, 4, 4), others).tolist() == [1, -1, 0]
-
-
-def test_overlap_of_the_hottest_fifth():
+def test_rank_correlation_and_overlap_of_the_hottest_fifth():
     a = torch.arange(100.0).view(1, 10, 10)
-    others = torch.cat([a * 2, -a, a.roll(1, 1)])  # the last has one row of two in both
-    found = cams.hottest_overlap(a.expand(3, 10, 10), others)
-    torch.testing.assert_close(found, torch.tensor([1, 0, 10 / 30]))
+    ranked = cams.rank_correlation(a.expand(3, 10, 10), torch.cat([a**3, -a, 0 * a]))
+    assert ranked.tolist() == pytest.approx([1, -1, 0])
+    found = cams.hottest_overlap(a.expand(3, 10, 10), torch.cat([a * 2, -a, a.roll(1, 1)]))
+    torch.testing.assert_close(found, torch.tensor([1, 0, 10 / 30]))  # the last has one row of two in both
 
 
 def test_a_receptive_field_is_as_wide_as_the_kernels_reach():
@@ -115,16 +110,16 @@ def test_a_receptive_field_is_as_wide_as_the_kernels_reach():
 def test_insertion_and_deletion_follow_the_order_of_the_map():
     image, label = torch.full((1, 3, 8, 8), 0.1), torch.tensor([0])
     good = torch.cat([torch.ones(1, 8, 4), torch.zeros(1, 8, 4)], 2)
-    right, wrong = (
-        cams.insertion_deletion(PixelSum(), image, m, label, steps=8, blur=0.5) for m in (good, 1 - good)
-    )
+
+    def probabilities(maps, steps=8):
+        return cams.insertion_deletion(PixelSum(), image, maps, label, steps=steps, blur=0.5)["deletion"][0]
+
     full, none = torch.sigmoid(torch.tensor(9.6)), 0.5
     # Half of the pixels, the left ones, are gone after half of the steps, and with them the evidence.
-    torch.testing.assert_close(right["deletion"][0, [0, 4, 8]], torch.tensor([full, none, none]))
-    torch.testing.assert_close(wrong["deletion"][0, [0, 4, 8]], torch.tensor([full, full, none]))
+    torch.testing.assert_close(probabilities(good)[[0, 4, 8]], torch.tensor([full, none, none]))
+    torch.testing.assert_close(probabilities(1 - good)[[0, 4, 8]], torch.tensor([full, full, none]))
     torch.testing.assert_close(cams.area(torch.tensor([[0.0, 1.0, 1.0]])), torch.tensor([0.75]))
-    flat = cams.insertion_deletion(PixelSum(), image, torch.zeros(1, 8, 8), label, steps=2, blur=0.5)
-    left_gone = 1 - torch.logit(flat["deletion"][0, 1]) / 9.6  # of the left half, after half of all pixels
+    left_gone = 1 - torch.logit(probabilities(0 * good, 2)[1]) / 9.6  # of the left half, after half of all pixels
     assert 0.3 < left_gone < 0.7
     assert left_gone != 0.5  # equal pixels go in random order; row by row it would be exactly half
 
@@ -141,7 +136,6 @@ def test_insertion_starts_from_a_blurred_image_and_ends_with_the_image():
 
 
 def test_randomisation_goes_down_from_the_top_and_leaves_the_model_alone():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state, changed = torch.get_rng_state(), {}
