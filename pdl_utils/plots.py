@@ -73,59 +73,38 @@ def gradient_picture(gradient: Tensor) -> np.ndarray:
     return (values / (2 * peak) + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def image_grid(
-    images: Sequence[np.ndarray],
-    titles: Sequence[str],
-    *,
-    columns: int,
-    title: str = "",
-    row_labels: Sequence[str] = (),
-    cell: float = 1.9,
-) -> Figure:
+def image_grid(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: int, cell: float = 1.9) -> Figure:
     """Pictures (H, W, 3) or (H, W) in rows of `columns`, each under its own title: six a row can be read. `cell`:
     their width in inches; less where a row would be too wide. Titles are broken into lines that fit."""
     rows, cell = -(-len(images) // columns), min(cell, (WIDEST - 0.3) / columns)
     titles = [in_lines(text, cell) for text in titles]
     longest = max((text.count("\n") + 1 for text in titles), default=0)
     high = cell * max(picture.shape[0] / picture.shape[1] for picture in images) + 0.17 * longest
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(cell * columns + 0.3 * bool(row_labels), high * rows + 0.4),
-        squeeze=False,
-    )  # fmt: skip
+    figure, axes = plt.subplots(rows, columns, figsize=(cell * columns, high * rows + 0.4), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, picture, text in zip(axes.flat, images, titles, strict=False):
         axis.imshow(picture, cmap="gray" if picture.ndim == 2 else None)
         axis.set_title(text, loc="center")
-    for axis, text in zip(axes[:, 0], row_labels, strict=False):
-        axis.text(-0.06, 0.5, text, transform=axis.transAxes, rotation=90, ha="right", va="center")
-    figure.suptitle(in_lines(title, cell * columns), x=0.01, ha="left", fontsize=10)
     return figure
 
 
-def in_lines(text: object, inches: float) -> str:
+def in_lines(text: str, inches: float) -> str:
     """Text of 9 points, broken at spaces into lines that are at most so wide."""
-    lines = str(text).split("\n")
-    return "\n".join(textwrap.fill(line, max(8, int(14 * inches))) for line in lines)
+    return "\n".join(textwrap.fill(line, max(8, int(14 * inches))) for line in text.split("\n"))
 
 
 def curves(
-    axis: Axes,
-    x: Sequence[float],
-    series: Mapping[str, Sequence[float] | Sequence[Sequence[float]]],
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str,
-) -> None:
+    axis: Axes, x: Sequence[float], series: Mapping[str, Sequence[float] | Sequence[Sequence[float]]], *,
+    xlabel: str, ylabel: str, title: str,
+) -> None:  # fmt: skip
     """Lines over a common x, named in a legend. A series may be one line (X,) or several (runs, X): then
     their mean, with the band of one sample standard deviation. Whole x, as of epochs, get whole ticks."""
     for i, (name, values) in enumerate(series.items()):
         runs = np.atleast_2d(np.asarray(values, dtype=float))
         mean = runs.mean(0)
-        (line,) = axis.plot(
-            x, mean, STYLES[i % 8], marker=MARKERS[i % 8] if len(x) <= 12 else None, markersize=4, label=name
-        )
+        marker = MARKERS[i % 8] if len(x) <= 12 else None
+        (line,) = axis.plot(x, mean, STYLES[i % 8], marker=marker, markersize=4, label=name)
         if len(runs) > 1:
             spread = runs.std(0, ddof=1)
             axis.fill_between(x, mean - spread, mean + spread, alpha=0.2, color=line.get_color(), linewidth=0)
@@ -135,28 +114,15 @@ def curves(
     axis.legend()
 
 
-def comparison(
-    axis: Axes,
-    values: Mapping[str, tuple[float, float, float]],
-    *,
-    xlabel: str,
-    title: str,
-    references: Mapping[str, float] | None = None,
-) -> None:
-    """Horizontal bars of (value, low end, high end of its interval), one a name, first on top;
-    `references` are vertical lines with a name."""
-    names = list(values)
+def comparison(axis: Axes, values: Mapping[str, tuple[float, float, float]], *, xlabel: str, title: str) -> None:
+    """Horizontal bars of (value, low end, high end of its interval), one a name, first on top."""
     for i, (value, low, high) in enumerate(values.values()):
         axis.barh(i, value, color=COLORS[0], alpha=0.75, height=0.65)
         axis.plot([low, high], [i, i], color="black", linewidth=1.5)
         number = axis.annotate(f"{value:.3f}", (high, i), xytext=(5, 0), textcoords="offset points")
         number.set(va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the lines
-    for i, (name, value) in enumerate((references or {}).items()):
-        axis.axvline(value, color="black", linestyle=STYLES[1 + i % 3], linewidth=1, label=name)
-    axis.set_yticks(range(len(names)), names)
+    axis.set_yticks(range(len(values)), values)
     axis.invert_yaxis()
     axis.margins(x=0.25)  # for the numbers beside the bars, which start at 0
     axis.grid(visible=False, axis="y")
     axis.set(xlabel=xlabel, title=title)
-    if references:  # above the axes, where no bar is
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +14,18 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@dataclass(frozen=True)
-class Profile:
-    """`fast` (a laptop's CPU, minutes) or `full` (a GPU, or patience), and why it was chosen."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
-
-
-def get_profile(name: str | None = None) -> Profile:
-    """The profile of this name; without one, that of `PDL_PROFILE`; without that, `full` where a GPU is found and
-    `fast` otherwise. ValueError: it is neither `fast` nor `full`."""
-    source = "chosen here" if name else f"PDL_PROFILE={os.environ.get('PDL_PROFILE', '')}"
-    name = (name or os.environ.get("PDL_PROFILE", "")).strip().lower()
-    if name in ("fast", "full"):
-        return Profile(name, source)
-    if name:
-        raise ValueError(f"profile {name!r}: set it, or PDL_PROFILE, to 'fast' or 'full', or leave both out")
+def get_profile(name: str | None = None) -> tuple[str, str]:
+    """`fast` (a laptop's CPU, minutes) or `full` (a GPU, or patience), and why: as `name` says, or `PDL_PROFILE`,
+    or `full` where a GPU is found. ValueError: it is neither `fast` nor `full`."""
+    asked = os.environ.get("PDL_PROFILE", "")
+    chosen = (name or asked).strip().lower()
+    if chosen in ("fast", "full"):
+        return chosen, "chosen here" if name else f"PDL_PROFILE={asked}"
+    if chosen:
+        raise ValueError(f"profile {chosen!r}: set it, or PDL_PROFILE, to 'fast' or 'full', or leave both out")
     if torch.cuda.is_available():
-        return Profile("full", "a GPU was found; PDL_PROFILE=fast makes it short")
-    return Profile("fast", "no GPU was found; PDL_PROFILE=full runs the whole experiment")
+        return "full", "a GPU was found; PDL_PROFILE=fast makes it short"
+    return "fast", "no GPU was found; PDL_PROFILE=full runs the whole experiment"
 
 
 def pick_device() -> torch.device:
@@ -54,8 +42,8 @@ def device_name(device: torch.device) -> str:
     """'NVIDIA H100 80GB HBM3', or 'CPU, 2 threads'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
+    count = torch.get_num_threads()
+    return f"{device.type.upper()}, {count} thread{'s' if count > 1 else ''}"
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -3,12 +3,14 @@
 import json
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
-from pdl_utils import notebook
+from pdl_utils import notebook, settings
 from pdl_utils.datasets.sources import Provenance
 from pdl_utils.notebook import Run
+from pdl_utils.training import UnusableState
 
 
 class StandIn:
@@ -43,10 +45,10 @@ def screen(monkeypatch, tmp_path):
 
 
 def test_the_table_at_the_top_says_what_the_notebook_runs_with(monkeypatch, screen):
-    monkeypatch.setattr(notebook, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(settings, "has_bfloat16", lambda device: False)
     Run("2_graph_attention", "full")
     assert "| precision | float32 |" in screen.last
-    monkeypatch.setattr(notebook, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(settings, "has_bfloat16", lambda device: True)
     run = Run("2_graph_attention", "fast")
     assert "| profile | fast (chosen here) |" in screen.last
     assert "| precision | float32; training in bfloat16 |" in screen.last
@@ -96,7 +98,7 @@ def test_stand_ins_are_named_where_they_are_shown_and_nowhere_else(screen):
 
 
 def test_results_stand_beside_those_of_others_and_tell_their_stand_ins(screen):
-    published = json.loads((notebook.REPOSITORY / "figures" / "published.json").read_text(encoding="utf-8"))
+    published = json.loads((settings.REPOSITORY / "figures" / "published.json").read_text(encoding="utf-8"))
     theirs = next(entry for entry in published if entry["column"] == "paper")
     run = Run(theirs["notebook"], "fast")
     run.use(Real), run.use(StandIn)
@@ -109,7 +111,7 @@ def test_results_stand_beside_those_of_others_and_tell_their_stand_ins(screen):
             run.results({"mine": nonsense})
 
 
-def test_in_full_what_was_computed_once_is_read_back(screen):
+def test_in_full_what_was_computed_once_is_read_back(screen, tmp_path):
     asked = []
 
     def compute():
@@ -121,3 +123,8 @@ def test_in_full_what_was_computed_once_is_read_back(screen):
         assert len(asked) == count
     assert "| trainings | 1 of 1 were found in runs/" in screen.last
     assert Run("x", "fast").file("a net", seed=0) is None
+    (kept,) = (tmp_path / "data" / "runs").iterdir()
+    kept.write_bytes(b"half")
+    for size, work in ((3, compute), (4, lambda: np.float64(1))):  # the second is refused at once
+        with pytest.raises(UnusableState, match=r"a-probe-\w+\.pt is damaged, or holds more than tensors"):
+            Run("x", "full").once("a probe", work, size=size)

@@ -31,7 +31,7 @@ def test_figures_are_drawn_and_can_be_read():
     plots.use_style()
     np.testing.assert_allclose(plots.gradient_picture(torch.zeros(3, 4, 4)), 0.5)
     pictures, titles = [np.zeros((4, 4, 3))] * 6, ["a very long title of one picture"] * 6
-    grid = plots.image_grid(pictures, titles, columns=6, title="long " * 60, row_labels=["r"])
+    grid = plots.image_grid(pictures, titles, columns=6)
     assert grid.get_tightbbox().width <= plots.WIDEST + 0.1
     assert all(text.get_fontsize() >= 9 for text in grid.findobj(Text) if text.get_text())
     _, (left, right) = plt.subplots(1, 2)
@@ -39,7 +39,7 @@ def test_figures_are_drawn_and_can_be_read():
     plots.curves(left, [1, 2], series, xlabel="x", ylabel="y", title="")
     np.testing.assert_allclose(left.lines[1].get_ydata(), [2, 3])  # the mean
     assert all(float(tick).is_integer() for tick in left.get_xticks())
-    plots.comparison(right, {"a": (0.5, 0.4, 0.6)}, xlabel="share", title="t", references={"paper": 0.7})
+    plots.comparison(right, {"a": (0.5, 0.4, 0.6)}, xlabel="share", title="t")
     assert [text.get_text() for text in right.get_yticklabels()] == ["a"]
     left.figure.canvas.draw()
     plt.close("all")

@@ -23,15 +23,15 @@ from pdl_utils.settings import (
 
 def test_the_profile_is_the_callers_then_the_environments_then_that_of_the_machine(monkeypatch):
     monkeypatch.setenv("PDL_PROFILE", "Full")
-    assert get_profile("fast").name == "fast"
-    assert get_profile().name == "full"
+    assert get_profile("fast") == ("fast", "chosen here")
+    assert get_profile() == ("full", "PDL_PROFILE=Full")
     monkeypatch.setenv("PDL_PROFILE", "quick")
     with pytest.raises(ValueError, match="profile 'quick': set it, or PDL_PROFILE, to 'fast' or 'full'"):
         get_profile()
     monkeypatch.delenv("PDL_PROFILE")
-    for gpu, expected in ((True, "full (a GPU was found"), (False, "fast (no GPU was found")):
+    for gpu, expected in ((True, "full, a GPU was found"), (False, "fast, no GPU was found")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        assert str(get_profile()).startswith(expected)
+        assert ", ".join(get_profile()).startswith(expected)
 
 
 def test_the_device_is_one_that_is_there(monkeypatch):
