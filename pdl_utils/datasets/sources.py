@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from torchvision.datasets.utils import check_md5, download_url
+from torchvision.datasets.utils import check_integrity, download_url
 
 from pdl_utils.settings import data_root, flag
 
@@ -66,11 +66,10 @@ def reading(path: Path | str) -> Iterator[None]:
 
 
 def verify_md5(folder: Path, expected: Mapping[str, str]) -> None:
-    """DamagedFile: the first file in `folder` whose MD5 is not the expected one."""
+    """DamagedFile: the first file in `folder` that is missing or whose MD5 is not the expected one."""
     for name, md5 in expected.items():
-        with reading(folder / name):
-            if not check_md5(folder / name, md5):
-                raise ValueError("its MD5 differs")
+        if not check_integrity(folder / name, md5):
+            raise DamagedFile(f"{folder / name} is missing or damaged (its MD5 differs)")
 
 
 def download_tar(url: str, folder: Path, md5: str) -> None:

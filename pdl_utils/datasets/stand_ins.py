@@ -33,9 +33,9 @@ def photograph(name: str) -> Image.Image:
 
 
 def texture_crops(train: int = 5000, test: int = 1000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CIFAR-10-shaped crops of `TEXTURES`, the classes in turn: images uint8 (N, 3, 32, 32) and labels int64 (N,)
-    for training, the same for testing. No pixel is in both: a crop lies inside one cell of a grid, and every fifth
-    cell is kept for testing. Colours vary, so that they alone do not give the class away."""
+    """Crops of `TEXTURES` as in CIFAR-10: images uint8 (N, 3, 32, 32), labels int64 (N,) for training, the same for
+    testing. No pixel is in both: a crop lies inside one cell of a grid, and every fifth cell is for testing.
+    Colours vary, so that they alone do not give the class away."""
     rng = np.random.default_rng(0)
     photos = [photograph(name) for name in TEXTURES.values()]
     tensors = []
@@ -49,13 +49,11 @@ def texture_crops(train: int = 5000, test: int = 1000) -> tuple[Tensor, Tensor, 
 
 def grid_cells(width: int, height: int, held_out: bool) -> list[tuple[int, int, int]]:
     """(left, top, side) of the square cells for testing (`held_out`) or for training, all over the picture."""
-    side = min(width, height) // 5
-    return [
-        (column * side, row * side, side)
-        for row in range(height // side)
-        for column in range(width // side)
-        if ((row + 2 * column) % 5 == 0) == held_out
-    ]
+    side, cells = min(width, height) // 5, []
+    for row in range(height // side):
+        columns = [column for column in range(width // side) if ((row + 2 * column) % 5 == 0) == held_out]
+        cells += [(column * side, row * side, side) for column in columns]
+    return cells
 
 
 def _random_crop(photo: Image.Image, cells: list[tuple[int, int, int]], rng: np.random.Generator) -> np.ndarray:
@@ -69,8 +67,8 @@ def _random_crop(photo: Image.Image, cells: list[tuple[int, int, int]], rng: np.
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's 1,797 handwritten digits in the shape of MNIST, 20×20 in the middle of 28×28: training images
-    (4 of 5) uint8 (N, 1, 28, 28) and labels int64 (N,), the same for testing."""
+    """scikit-learn's 1,797 digits as in MNIST, 20×20 in the middle of 28×28: images uint8 (N, 1, 28, 28), labels
+    int64 (N,) for training (4 of 5), the same for testing."""
     from sklearn.datasets import load_digits
 
     small = load_digits()

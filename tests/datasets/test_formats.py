@@ -31,27 +31,19 @@ def save(image: Image.Image, path: Path, **options: object) -> Path:
     return path
 
 
-# Official files
-
-
-def test_cifar10_values(make_official):
-    official = make_official("cifar10")
-    official.write()
-    data = datasets.cifar10()
-    batches = [pickle.loads(official.files[f"data_batch_{i}"]) for i in range(1, 6)]
+def test_cifar10_and_mnist_values(make_official):
+    cifar, mnist = make_official("cifar10"), make_official("mnist")
+    cifar.write()
+    mnist.write()
+    data, digits = datasets.cifar10(), datasets.mnist()
+    batches = [pickle.loads(cifar.files[f"data_batch_{i}"]) for i in range(1, 6)]
     pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     assert torch.equal(data.train_images, torch.from_numpy(pixels))
     assert data.train_labels.tolist() == [label for batch in batches for label in batch["labels"]]
     assert (data.test_images.shape, data.classes[3]) == ((4, 3, 32, 32), "class 3")
-
-
-def test_mnist_values(make_official):
-    official = make_official("mnist")
-    official.write()
-    data = datasets.mnist()
-    assert data.train_images.numpy().tobytes() == official.files["train-images-idx3-ubyte"][16:]
-    assert (data.train_images.shape, data.test_images.shape) == ((6, 1, 28, 28), (3, 1, 28, 28))
-    assert (data.train_labels.tolist(), data.test_labels.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 1, 2])
+    assert digits.train_images.numpy().tobytes() == mnist.files["train-images-idx3-ubyte"][16:]
+    assert (digits.train_images.shape, digits.test_images.shape) == ((6, 1, 28, 28), (3, 1, 28, 28))
+    assert (digits.train_labels.tolist(), digits.test_labels.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 1, 2])
 
 
 def test_tiny_imagenet_values_and_choice(make_official):
@@ -80,16 +72,16 @@ def test_tiny_imagenet_lists_are_verified(name, make_official):
 
 
 def test_imagenette_values_and_choice(make_official):
-    make_official("photos").write()
+    folder = make_official("photos").write() / "imagenette2-320" / "val"
     data = imagenet_photos()
     assert data.names[:3] == ["tabby", "tench", "tench"]  # a cat, though Imagenette has none
     assert len(data.images) == len(data.names) == 21
     few, same = (imagenet_photos(5, prefer=["n03888257", "n02123045"]) for _ in range(2))
     assert few.names[:3] == ["parachute", "parachute", "tabby"]
     assert (len(few.images), few.names) == (5, same.names)
-
-
-# One's own photographs and images
+    save(Image.new("RGB", (9, 9)), folder / "my cats" / "cat.jpeg")
+    with pytest.raises(DamagedFile, match=r"val is missing or damaged \('my cats'"):
+        imagenet_photos()
 
 
 def test_ones_own_photographs_are_shown_first_and_what_cannot_be_read_is_named(capsys):
@@ -114,31 +106,31 @@ def test_ones_own_photographs_are_shown_first_and_what_cannot_be_read_is_named(c
         imagenet_photos(0)
 
 
-def test_a_photograph_of_any_kind_is_shown_as_it_looks(tmp_path):
-    ramp = (np.arange(4096).reshape(64, 64) * 16).astype(np.uint16)
-    hidden, red = Image.new("RGBA", (4, 4), (200, 10, 60, 0)), Image.new("RGB", (4, 4), (250, 20, 10))
-    kinds = {
-        "16 bits.png": (Image.fromarray(ramp), {}, (255, 255, 255)),
-        "16 bits.tif": (Image.fromarray(ramp // 2), {}, (127, 127, 127)),
-        "transparent.png": (hidden, {}, (255, 255, 255)),
-        "palette.gif": (red.quantize(2), {}, (250, 20, 10)),
-        "palette.png": (red.quantize(2), {"transparency": 0}, (255, 255, 255)),
-        "inks.tif": (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), {}, (255, 0, 0)),
-        "bits.bmp": (Image.new("1", (4, 4), 1), {}, (255, 255, 255)),
-    }
-    for name, (image, options, pixel) in kinds.items():
-        with Image.open(save(image, tmp_path / name, **options)) as opened:
-            seen = to_rgb(opened)
-        assert seen.mode == "RGB", name
-        np.testing.assert_allclose(np.asarray(seen)[-1, -1], pixel, atol=1, err_msg=name)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90° clockwise
-    image = Image.new("RGB", (40, 20))
-    image.paste((255, 255, 255), (0, 0, 20, 20))  # the left half, which will be the upper one
-    with Image.open(save(image, tmp_path / "turned.png", exif=exif)) as opened:
+RAMP = (np.arange(4096).reshape(64, 64) * 16).astype(np.uint16)
+RED = Image.new("RGB", (4, 4), (250, 20, 10))
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # to be turned by 90° clockwise: its top, which is black, comes to lie on the right
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "pixel"),
+    [
+        ("16 bits.png", Image.fromarray(RAMP), {}, (255, 255, 255)),
+        ("16 bits.tif", Image.fromarray(RAMP // 2), {}, (127, 127, 127)),
+        ("transparent.png", Image.new("RGBA", (4, 4), (200, 10, 60, 0)), {}, (255, 255, 255)),
+        ("palette.gif", RED.quantize(2), {}, (250, 20, 10)),
+        ("palette.png", RED.quantize(2), {"transparency": 0}, (255, 255, 255)),
+        ("inks.tif", Image.new("CMYK", (4, 4), (0, 255, 255, 0)), {}, (255, 0, 0)),
+        ("bits.bmp", Image.new("1", (4, 4), 1), {}, (255, 255, 255)),
+        ("turned.png", Image.linear_gradient("L").crop((0, 0, 256, 99)), {"exif": TURNED}, (0, 0, 0)),
+    ],
+)
+def test_a_photograph_of_any_kind_is_shown_as_it_looks(name, image, options, pixel, tmp_path):
+    with Image.open(save(image, tmp_path / name, **options)) as opened:
         seen = to_rgb(to_rgb(opened))  # twice is once
-    assert seen.size == (20, 40)
-    assert (seen.getpixel((10, 5)), seen.getpixel((10, 35))) == ((255,) * 3, (0,) * 3)
+    assert seen.mode == "RGB"
+    assert seen.size == (image.size[::-1] if "exif" in options else image.size)
+    np.testing.assert_allclose(np.asarray(seen)[-1, -1], pixel, atol=1)
 
 
 def test_labelled_images_that_do_not_fit_are_refused():
@@ -146,22 +138,22 @@ def test_labelled_images_that_do_not_fit_are_refused():
     whole = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
     whole |= {"classes": "abc", "provenance": Provenance("mine", "mine")}
     LabelledImages(**whole)
+    wrong_labels = "int64, one for each of the 6 images, 0 to 2"
     for changed, message in [
         ({"train_images": images.float()}, "uint8"),
         ({"test_images": images.repeat(1, 3, 1, 1)}, "one shape"),
-        ({"train_labels": torch.arange(5)}, "one for each of the 6 images"),
-        ({"train_labels": torch.ones(6)}, "int64"),
-        ({"test_labels": torch.arange(6) - 3}, "0 to 2"),
+        ({"train_labels": torch.arange(5) % 3}, wrong_labels),
+        ({"train_labels": torch.ones(6)}, wrong_labels),
+        ({"train_labels": labels.tolist()}, wrong_labels),
+        ({"test_labels": torch.arange(6) - 3}, wrong_labels),
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
             LabelledImages(**whole | changed)
 
 
-# Stand-ins, which must not touch the network
-
-
 @pytest.fixture
 def no_sockets(monkeypatch):
+    """Stand-ins must not touch the network."""
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.delattr(socket, name)
     monkeypatch.setenv("PDL_OFFLINE", "1")
@@ -184,18 +176,14 @@ def test_texture_crops_of_train_and_test_share_no_pixel(monkeypatch):
     assert test.min() > 150
 
 
-def test_digits_are_split_without_overlap(no_sockets):
-    data = datasets.mnist()
-    train, test = data.train_images, data.test_images
+def test_digits_and_photographs_stand_in(no_sockets):
+    digits = datasets.mnist()
+    train, test = digits.train_images, digits.test_images
     assert (train.shape, test.shape) == ((1438, 1, 28, 28), (359, 1, 28, 28))
     assert not {image.numpy().tobytes() for image in train} & {image.numpy().tobytes() for image in test}
-    assert set(data.train_labels.tolist()) == set(data.test_labels.tolist()) == set(range(10))
-
-
-def test_stand_in_photographs_show_a_cat_first(no_sockets):
+    assert set(digits.train_labels.tolist()) == set(digits.test_labels.tolist()) == set(range(10))
     data = imagenet_photos(8)
-    assert len(data.images) == 8
-    assert (data.names[0], data.images[0].size) == ("tabby", (451, 300))
+    assert (len(data.images), data.names[0], data.images[0].size) == (8, "tabby", (451, 300))
     assert imagenet_photos(prefer=["n07920052"]).names[0] == "espresso"
     assert len(imagenet_photos(100).images) == len(stand_ins.PHOTOGRAPHS)
 
