@@ -96,7 +96,7 @@ class Run:
             raise UnusableState(f"{path} {told} ({error})") from error
 
     def show(
-        self, figure: Figure, name: str, alt: str, *, photographs: bool = False, data: Sources = None
+        self, figure: Figure, name: str, alt: str = "", *, photographs: bool = False, data: Sources = None
     ) -> None:
         """Display a figure with a text for those who cannot see it; stand-ins among `data` are named below it. In
         the full profile it is written to `PDL_FIGURES`, or `build/figures/`, as `{name}.png`. Figures made of
@@ -107,7 +107,7 @@ class Run:
         jpeg = {"quality": 85, "subsampling": 0}  # PNG knows neither
         figure.savefig(drawn, format=kind, dpi=100, bbox_inches="tight", pil_kwargs=jpeg)
         plt.close(figure)
-        display(Image(drawn.getvalue(), format=kind, alt=alt))
+        display(Image(drawn.getvalue(), format=kind, alt=alt or words_in(figure)))
         if self.full:
             path = settings.REPOSITORY / (os.environ.get("PDL_FIGURES") or "build/figures") / f"{name}.{kind}"
             try:
@@ -144,6 +144,14 @@ class Run:
     def _stand_ins(self, data: Sources) -> str:
         """The tag " · stand-in for CIFAR-10" if that is what took its place among `data`; else nothing."""
         return "".join(dict.fromkeys(s.provenance.tag for s in (self.sources if data is None else data)))
+
+
+def words_in(figure: Figure) -> str:
+    """A figure's titles, and the labels of its axes and lines: what it says, for those who cannot see it."""
+    words = [figure.get_suptitle()]
+    for axis in figure.axes:
+        words += [axis.get_title("left"), axis.get_ylabel(), axis.get_xlabel(), *axis.get_legend_handles_labels()[1]]
+    return "; ".join(dict.fromkeys(word for word in words if word))
 
 
 def in_words(name: str, values: float | Sequence[float]) -> str:
