@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pdl_utils.settings import (
-    REPOSITORY,
-    data_root,
-    flag,
-    get_profile,
-    has_bfloat16,
-    pick_device,
-    save_atomically,
-    seed_everything,
-)
+from pdl_utils import settings
+from pdl_utils.settings import REPOSITORY, get_profile, pick_device
 
 
 def test_the_profile_is_the_callers_then_the_environments_then_that_of_the_machine(monkeypatch):
@@ -43,53 +35,52 @@ def test_the_device_is_one_that_is_there(monkeypatch):
             pick_device()
 
 
-def test_a_gpu_is_asked_for_bfloat16(monkeypatch):
+def run_python(code, **options):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+
+
+def test_bfloat16_is_for_devices_that_have_its_instructions(monkeypatch):
     for capability, expected in (((7, 5), False), ((8, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert has_bfloat16(torch.device("cuda")) is expected
-
-
-def test_a_processor_held_to_avx2_trains_in_float32():
+        assert settings.has_bfloat16(torch.device("cuda")) is expected
     code = "import torch; from pdl_utils.settings import *; print(has_bfloat16(torch.device('cpu')))"
     ordinary = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    ran = subprocess.run([sys.executable, "-c", code], env=ordinary, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "False"
+    assert run_python(code, env=ordinary).stdout.strip() == "False"
 
 
 def test_flags(monkeypatch):
     for value, on in (("1", True), ("yes", True), ("0", False), ("", False), ("off", False)):
         monkeypatch.setenv("PDL_TEST_FLAG", value)
-        assert flag("PDL_TEST_FLAG") is on
-    assert flag("PDL_UNSET_FLAG") is False
+        assert settings.flag("PDL_TEST_FLAG") is on
+    assert settings.flag("PDL_UNSET_FLAG") is False
 
 
 def test_seeding_repeats_everything():
     draws = set()
     for _ in range(2):
-        seed_everything(3)
+        settings.seed_everything(3)
         draws.add((torch.rand(1).item(), np.random.rand(), random.random()))  # noqa: NPY002 (the global state)
     assert len(draws) == 1
 
 
 def test_the_data_root_does_not_depend_on_the_current_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PDL_DATA", str(tmp_path))
-    assert data_root() == tmp_path
-    monkeypatch.setenv("PDL_DATA", "mydata")
-    assert data_root() == REPOSITORY / "mydata"
+    for chosen, root in ((str(tmp_path), tmp_path), ("mydata", REPOSITORY / "mydata")):
+        monkeypatch.setenv("PDL_DATA", chosen)
+        assert settings.data_root() == root
     monkeypatch.delenv("PDL_DATA")
-    assert data_root() == REPOSITORY / "data"
+    assert settings.data_root() == REPOSITORY / "data"
 
 
 def test_a_copy_of_the_package_refuses_and_says_what_to_do(tmp_path):
     (tmp_path / "pdl_utils").mkdir()
     (tmp_path / "pdl_utils" / "__init__.py").write_text((REPOSITORY / "pdl_utils" / "__init__.py").read_text())
-    ran = subprocess.run([sys.executable, "-c", "import pdl_utils"], cwd=tmp_path, capture_output=True, text=True)
-    assert "ImportError: pdl_utils was installed as a copy" in ran.stderr
-    assert "pip install -e ." in ran.stderr
+    said = run_python("import pdl_utils", cwd=tmp_path).stderr
+    assert "ImportError: pdl_utils was installed as a copy" in said
+    assert "pip install -e ." in said
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_with_the_variables(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"state\.pt cannot be written; .*PDL_DATA and PDL_FIGURES"):
-        save_atomically(lambda partial: partial.touch(), tmp_path / "file" / "state.pt")
+        settings.save_atomically(lambda partial: partial.touch(), tmp_path / "file" / "state.pt")
