@@ -1,25 +1,22 @@
-"""What several test files share: a server on this machine, and small data sets in their official formats."""
-
-from __future__ import annotations
+"""What several test files share: a server on this machine, small data sets in their official formats, and chosen
+cells of a notebook."""
 
 import contextlib
 import gzip
 import hashlib
 import importlib
 import io
-import linecache
 import os
 import pickle
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -40,16 +37,14 @@ class FileServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.url = f"http://127.0.0.1:{self.server_port}/"
-        self.files: dict[str, bytes] = {}
-        self.fault: str | None = None
-        self.requests = 0
+        self.files, self.fault, self.requests = {}, None, 0
 
 
 class _Answer(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
+    def do_GET(self):
         self.server.requests += 1
         body = self.server.files.get(self.path.lstrip("/"))
         if body is None:
@@ -63,13 +58,12 @@ class _Answer(BaseHTTPRequestHandler):
         else:
             self.wfile.write(body[: len(body) // 2] if self.server.fault == "cut" else body)
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         """Keep the test's output clean."""
 
 
 @pytest.fixture
-def file_server() -> Iterator[FileServer]:
-    """A local HTTP server; fill its `files`."""
+def file_server():
     with FileServer() as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server
@@ -77,7 +71,7 @@ def file_server() -> Iterator[FileServer]:
 
 
 @pytest.fixture
-def fresh_data(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def fresh_data(monkeypatch, tmp_path):
     """An empty data root, a network not yet judged, and none of the user's settings."""
     for name in ("PDL_OFFLINE", "PDL_REQUIRE_REAL", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -98,7 +92,7 @@ class Official:
     files: dict[str, bytes]
     damaged: str
 
-    def write(self, root: Path | None = None) -> Path:
+    def write(self, root=None):
         root = root or data_root()
         for name, content in self.files.items():
             path = root / self.folder / name
@@ -106,29 +100,29 @@ class Official:
             path.write_bytes(content)
         return root
 
-    def packed(self, form: str) -> bytes:
+    def packed(self, form):
         """An archive, "gztar" or "zip"."""
         with TemporaryDirectory() as folder:
             self.write(Path(folder, "files"))
             return Path(shutil.make_archive(f"{folder}/archive", form, f"{folder}/files")).read_bytes()
 
 
-def md5(content: bytes) -> str:
+def md5(content):
     return hashlib.md5(content).hexdigest()
 
 
-def jpeg(side: int, colour: tuple[int, int, int]) -> bytes:
+def jpeg(side, colour):
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), colour).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
-def set_all(patch: pytest.MonkeyPatch, target: object, **values: object) -> None:
+def set_all(patch, target, **values):
     for name, value in values.items():
         patch.setattr(target, name, value)
 
 
-def make_cifar10(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
+def make_cifar10(server, patch):
     rng = np.random.default_rng(0)
     files = {"batches.meta": pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})}
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
@@ -136,14 +130,14 @@ def make_cifar10(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
         files[name] = pickle.dumps({"data": pixels, "labels": labels})
     official = Official(small_images.cifar10, "cifar-10-batches-py", files, "data_batch_3")
     archive = server.files["cifar.tar.gz"] = official.packed("gztar")
-    meta, *batches = [(name, md5(content)) for name, content in files.items()]
-    patch.setitem(CIFAR10.meta, "md5", meta[1])
+    (_, meta), *batches = [(name, md5(content)) for name, content in files.items()]
+    patch.setitem(CIFAR10.meta, "md5", meta)
     set_all(patch, CIFAR10, train_list=batches[:5], test_list=batches[5:])
     set_all(patch, CIFAR10, url=server.url + "cifar.tar.gz", tgz_md5=md5(archive))
     return official
 
 
-def make_mnist(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
+def make_mnist(server, patch):
     files = {}
     for part, count in (("train", 6), ("t10k", 3)):
         pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8).tobytes()
@@ -157,7 +151,7 @@ def make_mnist(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
     return Official(small_images.mnist, "MNIST/raw", files, "train-labels-idx1-ubyte")
 
 
-def make_imagenette(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
+def make_imagenette(server, patch):
     files = {}
     for k, wnid in enumerate(Imagenette._WNID_TO_CLASS):
         files |= {f"val/{wnid}/{wnid}_{i}.JPEG": jpeg(40, (20 * k, 100, 200)) for i in range(2)}
@@ -168,7 +162,7 @@ def make_imagenette(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
     return official
 
 
-def make_tiny_imagenet(server: FileServer, patch: pytest.MonkeyPatch) -> Official:
+def make_tiny_imagenet(server, patch):
     fish, cat = "n01443537", "n02123045"
     boxes = f"val_0.JPEG\t{cat}\t0\t5\t63\t50\nval_1.JPEG\t{fish}\t9\t9\t9\t9\n"
     lists = {"wnids.txt": f"{cat}\n{fish}", "words.txt": f"{fish}\tgoldfish\n{cat}\ttabby, cat\n"}
@@ -179,8 +173,8 @@ def make_tiny_imagenet(server: FileServer, patch: pytest.MonkeyPatch) -> Officia
         for i in range(3):
             files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = jpeg(64, (200 * k, 50 * i, 100))
     files |= {name: text.encode() for name, text in lists.items()}
-    damaged = f"train/{cat}/images/{cat}_2.JPEG"
-    official = Official(partial(tiny_imagenet.tiny_imagenet, "train"), "tiny-imagenet-200", files, damaged)
+    load, damaged = partial(tiny_imagenet.tiny_imagenet, "train"), f"train/{cat}/images/{cat}_2.JPEG"
+    official = Official(load, "tiny-imagenet-200", files, damaged)
     archive = server.files["tiny.zip"] = official.packed("zip")
     set_all(patch, tiny_imagenet, URL=server.url + "tiny.zip", MD5=md5(archive), VAL_COUNT=2)
     return official
@@ -190,53 +184,45 @@ MAKERS = {"cifar10": make_cifar10, "mnist": make_mnist, "photos": make_imagenett
 
 
 @pytest.fixture
-def make_official(file_server, fresh_data, monkeypatch) -> Callable[[str], Official]:
+def make_official(file_server, fresh_data, monkeypatch):
     """`make_official("cifar10")`; also "mnist", "photos" and "tiny"."""
     return lambda name: MAKERS[name](file_server, monkeypatch)
 
 
 @pytest.fixture(params=MAKERS)
-def official(request, make_official) -> Official:
+def official(request, make_official):
     """Each data set in turn."""
     return make_official(request.param)
-
-
-# Chosen cells of a notebook, with changes
 
 
 class NotebookCells:
     """The code cells of a notebook, to run some of them with changes, as a reader does who tries an exercise."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-        last = next(i for mark in ("run.config(", "Run(") for i, c in enumerate(cells) if mark in c)
-        self.name, self.setup, self.rest = path.stem, cells[: last + 1], cells[last + 1 :]
+        last = max(i for i, cell in enumerate(cells) if "run.config(" in cell or "Run(" in cell)
+        self.setup, self.rest = cells[: last + 1], cells[last + 1 :]
 
-    def run(self, *texts: str, change: dict[str, str] | None = None) -> dict[str, Any]:
+    def run(self, *texts, change=None):
         """Run the set-up and every later cell that holds one of `texts`, in their order, with each old text in
-        `change` replaced by the new one. Gives the namespace of the cells.
-
-        Raises:
-            LookupError: one of `texts`, or an old text, is in no cell that runs.
-        """
+        `change` replaced by the new one; gives the namespace. LookupError: a text is in no cell that runs."""
+        change = change or {}
         chosen = self.setup + [cell for cell in self.rest if any(text in cell for text in texts)]
-        for text in (*texts, *(change or {})):
+        for text in (*texts, *change):
             if not any(text in cell for cell in chosen):
-                raise LookupError(f"{self.name}: no cell that runs holds {text!r}")
-        space: dict[str, Any] = {"__name__": "__main__"}
-        with contextlib.redirect_stdout(io.StringIO()):
-            for number, source in enumerate(chosen):
-                for old, new in (change or {}).items():
-                    source = source.replace(old, new)
-                lines = [line for line in source.splitlines(keepends=True) if not line.startswith(("%", "!"))]
-                file = f"<{self.name}, cell {number}>"
-                linecache.cache[file] = (len(source), None, lines, file)  # so that inspect finds the source
-                exec(compile("".join(lines), file, "exec"), space)
+                raise LookupError(f"no cell that runs holds {text!r}")
+        space = {"__name__": "__main__"}
+        for source in chosen:
+            for old, new in change.items():
+                source = source.replace(old, new)
+            lines = [line for line in source.splitlines() if not line.startswith(("%", "!"))]
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec("\n".join(lines), space)
         return space
 
 
 @pytest.fixture
-def notebook_cells(monkeypatch, tmp_path) -> Iterator[Callable[[str], NotebookCells]]:
+def notebook_cells(monkeypatch, tmp_path):
     """`notebook_cells("1_grad_cam").run("def class_map", change={"relu()": "abs()"})`: in `fast`, without a
     network, on stand-ins unless PDL_DATA is set. PDL_NOTEBOOKS names another folder of notebooks."""
     folder = Path(os.environ.get("PDL_NOTEBOOKS", REPOSITORY / "notebooks"))
