@@ -33,8 +33,8 @@ def photograph(name: str) -> Image.Image:
 
 
 def texture_crops(train: int = 5000, test: int = 1000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Crops of `TEXTURES` as in CIFAR-10: images uint8 (N, 3, 32, 32), labels int64 (N,) for training, the same for
-    testing. No pixel is in both: a crop lies inside one cell of a grid, and every fifth cell is for testing.
+    """Crops of `TEXTURES` as in CIFAR-10: images uint8 (N, 3, 32, 32), labels int64 (N,) for training, the same
+    for testing. No pixel is in both: a crop lies inside one cell of a grid, and every fifth cell is for testing.
     Colours vary, so that they alone do not give the class away."""
     rng = np.random.default_rng(0)
     photos = [photograph(name) for name in TEXTURES.values()]
