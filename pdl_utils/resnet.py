@@ -102,7 +102,10 @@ def users_network(arch: str, file: Path) -> PretrainedNetwork:
         weights, facts = read_weights(file)
         model = get_model(arch, num_classes=len(facts["categories"]))
         model.load_state_dict(weights)
-    except (CorruptCheckpoint, RuntimeError, KeyError, TypeError) as error:
+        colours = [*facts.get("mean", IMAGENET_MEAN), *facts.get("std", IMAGENET_STD)]
+        if len(colours) != 6 or max(colours) > 1:
+            raise ValueError("mean and std are of three colours in 0..1, not in 0..255")
+    except (CorruptCheckpoint, RuntimeError, KeyError, TypeError, ValueError) as error:
         problem = "it names no categories" if isinstance(error, KeyError) else shorten(str(error), 400)
         raise UnfitWeights(
             f"{file} does not fit {arch}: {problem}. Write it anew as data/checkpoints/README.md says, "

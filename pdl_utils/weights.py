@@ -30,6 +30,7 @@ def sha256(path: Path) -> str:
 
 
 def digest_lines(folder: Path) -> list[str]:
+    """The lines of a folder's SHA256SUMS, if there is one."""
     return (folder / DIGESTS).read_text().splitlines() if (folder / DIGESTS).exists() else []
 
 

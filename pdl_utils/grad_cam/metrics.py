@@ -62,11 +62,9 @@ def in_words(values: Tensor, form: str = ".2f") -> str:
     return f"{mean} ({' to '.join(ends)})" if len(values) > 1 else f"{mean} (one value)"
 
 
-def receptive_fields(
-    model: nn.Module, images: Tensor, layers: Sequence[str], share: float = 0.9
-) -> dict[str, float]:  # fmt: skip
+def receptive_fields(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[str, float]:
     """Side in pixels of what a unit in the middle of a layer sees (Luo et al. 2016, arXiv:1701.04128): the columns
-    that hold `share` of the gradient of that unit, summed over channels, with respect to images (N, C, H, W)."""
+    that hold 90% of the gradient of that unit, summed over channels, with respect to images (N, C, H, W)."""
     sides = {}
     with evaluating(model), record_activations(model, layers) as seen:
         pixels = float_batch(images).requires_grad_()
@@ -76,7 +74,7 @@ def receptive_fields(
             unit = seen[layer][:, :, rows // 2, columns // 2].sum()
             (gradient,) = torch.autograd.grad(unit, pixels, retain_graph=True)
             mass = finite(gradient, f"the gradient of {layer!r}").abs().sum((0, 1, 2)).cumsum(0)
-            ends = torch.tensor([(1 - share) / 2, (1 + share) / 2], device=mass.device) * mass[-1]
+            ends = torch.tensor([0.05, 0.95], device=mass.device) * mass[-1]
             first, last = torch.searchsorted(mass, ends).tolist()
             sides[layer] = float(last - first + 1)
     return sides
@@ -118,15 +116,12 @@ def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
     return torch.tensor([spearmanr(a, b).statistic if np.ptp(a) and np.ptp(b) else 0.0 for a, b in pairs])
 
 
-def hottest_overlap(maps: Tensor, others: Tensor, share: float = 0.2) -> Tensor:
-    """Do two maps (N, h, w) mark the same place? Of the pixels in the hottest `share` of either, the part that is
-    in both, (N,). At the default share, two maps of independent random numbers give 0.11."""
-    cells = maps[0].numel()
-    marked = []
-    for m in (maps, others):
-        threshold = finite(m, "maps").flatten(1).kthvalue(cells - round(share * cells) + 1, keepdim=True).values
-        marked.append(m.flatten(1) >= threshold)
-    return (marked[0] & marked[1]).sum(1) / (marked[0] | marked[1]).sum(1)
+def hottest_overlap(maps: Tensor, others: Tensor) -> Tensor:
+    """Do two maps (N, h, w) mark the same place? Of the pixels in the hottest fifth of either, the part that is in
+    both, (N,). Two maps of independent random numbers give 0.11."""
+    both, cells = torch.stack([finite(maps, "maps"), finite(others, "maps")]).flatten(2), maps[0].numel()
+    marked = both >= both.kthvalue(cells - round(cells / 5) + 1, keepdim=True).values  # (2, N, cells)
+    return marked.all(0).sum(1) / marked.any(0).sum(1)
 
 
 def cascading_randomization(
