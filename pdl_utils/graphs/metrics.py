@@ -1,9 +1,6 @@
 """How right a multi-label prediction is, what can be looked up without a network, what attention looks at, and how
-far node features have smoothed.
-
-Shapes: N nodes, L labels (0 or 1), E edges in edge_index (2, E), H heads, C channels. Attention and edge_index are
-as a layer gives them on request, self-loops included.
-"""
+far node features have smoothed. Shapes: N nodes, L labels (0 or 1), E edges in edge_index (2, E), H heads, C
+channels. Attention and edge_index are as a layer gives them on request, self-loops included."""
 
 from __future__ import annotations
 
@@ -17,8 +14,6 @@ from torch_geometric.utils import add_remaining_self_loops, degree, scatter
 
 from pdl_utils.graphs.layers import GraphNet
 
-# --- How right is a prediction? ---
-
 
 def micro_f1(logits: Tensor, labels: Tensor) -> float:
     """F1 = 2TP / (2TP + FP + FN) over all nodes and labels pooled, both (N, L). A label is predicted where its
@@ -26,9 +21,8 @@ def micro_f1(logits: Tensor, labels: Tensor) -> float:
     if logits.shape != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must have the same shape")
     predicted, wanted = logits > 0, labels > 0.5
-    found = int((predicted & wanted).sum())
     total = int(predicted.sum() + wanted.sum())
-    return 2 * found / total if total else 1.0
+    return 2 * int((predicted & wanted).sum()) / total if total else 1.0
 
 
 def constant_guess(train_labels: Tensor, test_labels: Tensor) -> Tensor:
@@ -37,9 +31,6 @@ def constant_guess(train_labels: Tensor, test_labels: Tensor) -> Tensor:
     frequency = train_labels.float().mean(0)
     guesses = [frequency - share / 100 for share in range(100)]
     return max(guesses, key=lambda guess: micro_f1(guess.expand_as(test_labels), test_labels))
-
-
-# --- What can be looked up without a network? ---
 
 
 def neighbourhood_features(x: Tensor, edge_index: Tensor, hops: int) -> Tensor:
@@ -59,9 +50,6 @@ def look_up(query: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
     known = scatter(labels, row, dim_size=len(rows), reduce="mean")
     parts = [torch.cdist(part, rows / 1e4).argmin(1) for part in query.split(512)]  # not all of (N, M) at once
     return known[torch.cat(parts)]
-
-
-# --- What does attention look at? ---
 
 
 def attention_entropy(edge_index: Tensor, alpha: Tensor) -> Tensor:
@@ -110,9 +98,8 @@ def attention_gain(edge_index: Tensor, alpha: Tensor, value: Tensor, shuffles: i
     minus the second, mean over the nodes that have neighbours, self-loops left out: (1 + shuffles, H). In the rows
     after the first the attention is shuffled among each node's neighbours: what chance gives."""
     neighbours = edge_index[0] != edge_index[1]
-    (target, alpha, value), gains = (edge_index[1, neighbours], alpha[neighbours], value[neighbours, None]), []
-    has = degree(target) > 0
-    plain = scatter(value, target, reduce="mean")
+    target, alpha, value = edge_index[1, neighbours], alpha[neighbours], value[neighbours, None]
+    plain, has, gains = scatter(value, target, reduce="mean"), degree(target) > 0, []
     in_order, generator = target.argsort(stable=True), torch.Generator().manual_seed(0)
     for turn in range(1 + shuffles):
         if turn:
@@ -136,11 +123,8 @@ def compartment_auc(net: GraphNet, graph: Data) -> list[list[float]]:
     return [[float(roc_auc_score(functional[s].cpu(), head[s].cpu())) for s in sides] for head in weight]
 
 
-# --- How far have features smoothed? ---
-
-
 def dirichlet_energy(x: Tensor, edge_index: Tensor) -> float:
-    """How much features x (N, C) differ along edges: Σ_{j→i} ‖x_i - x_j‖² / Σ_i ‖x_i‖²; 0 when neighbours are
+    """How much features x (N, C) differ along edges: Σ_{j→i} ‖x_i - x_j‖² / Σ_i ‖x_i‖², 0 when neighbours are
     equal (Rusch et al. 2023, A survey on oversmoothing in graph neural networks, eq. 3, here relative to the
     squared norm, so that layers of different scale can be compared)."""
     # A block of channels at a time: all of them at once would be an (E, C) tensor.
