@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +14,7 @@ from torchvision.utils import make_grid
 from pdl_utils.plots import COLORS, STYLES, curves, to_pixels
 
 
-def images_in_rows(rows: Mapping[str, Tensor], title: str, width: float = 8) -> Figure:
+def images_in_rows(rows: Mapping[str, Tensor], title: str, width: float) -> Figure:
     """uint8 images (N, 3, H, W) beside each other, a row each name; the figure is `width` inches wide."""
     strips = [make_grid(images, nrow=len(images), padding=2, pad_value=255) for images in rows.values()]
     height = width * strips[0].shape[1] / strips[0].shape[2]
@@ -28,20 +28,23 @@ def images_in_rows(rows: Mapping[str, Tensor], title: str, width: float = 8) -> 
     return figure
 
 
+def levels(draw: Callable, values: Mapping[str, float]) -> None:
+    """Values to compare with, each a named line: `draw` is `axis.axvline` or `axis.axhline`."""
+    for (name, value), style in zip(values.items(), STYLES[1:], strict=False):
+        draw(value, color="black", linestyle=style, linewidth=1, label=name)
+
+
 def dots(runs: Mapping[str, Sequence[float]], title: str, xlabel: str, references: Mapping[str, float]) -> Figure:
-    """A row a name: a small dot for each label set or seed, a large one for their mean, with its number."""
+    """A row a name: a small dot for each label set, a large one for their mean, with its number."""
     figure, axis = plt.subplots(figsize=(8, 0.9 + 0.27 * len(runs)))
     for row, values in enumerate(runs.values()):
         axis.plot(values, [row] * len(values), "o", color=COLORS[0], alpha=0.25, markersize=5, markeredgewidth=0)
         axis.plot(np.mean(values), row, "D", color=COLORS[5], markersize=5)
         axis.annotate(f"{np.mean(values):.3f}", (1.01, row), xycoords=("axes fraction", "data"), va="center")
-    for (name, value), style in zip(references.items(), STYLES[1:], strict=False):
-        axis.axvline(value, color="black", linestyle=style, linewidth=1, label=name)
-    axis.set(
-        yticks=range(len(runs)), yticklabels=list(runs), ylim=(len(runs) - 0.5, -0.5), xlabel=xlabel, title=title
-    )
-    if references:
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    levels(axis.axvline, references)
+    axis.set(yticks=range(len(runs)), yticklabels=list(runs), xlabel=xlabel, title=title)
+    axis.set_ylim(len(runs) - 0.5, -0.5)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     return figure
 
 
@@ -52,8 +55,7 @@ def lines(
     """Curves over a logarithmic x, each one line (X,) or several (runs, X), and horizontal lines."""
     figure, axis = plt.subplots(figsize=(8, 3.2))
     curves(axis, x, series, xlabel=xlabel, ylabel=ylabel, title=title)
-    for (name, value), style in zip((references or {}).items(), ("--", ":"), strict=False):
-        axis.axhline(value, color="black", linestyle=style, linewidth=1, label=name)
+    levels(axis.axhline, references or {})
     axis.set(xscale="log", xticks=x, xticklabels=x)
     axis.minorticks_off()
     axis.get_legend().remove()
@@ -68,10 +70,7 @@ def over_epochs(panels: Mapping[str, Mapping[str, Sequence[float] | float]]) -> 
         drawn = {name: values for name, values in series.items() if np.ndim(values)}
         epochs = range(1, 1 + max(map(len, drawn.values())))
         curves(axis, epochs, drawn, xlabel="epoch", ylabel=ylabel, title="")
-        flat = [(name, value) for name, value in series.items() if name not in drawn]
-        for (name, value), style in zip(flat, STYLES[1:], strict=False):
-            axis.axhline(value, color="black", linestyle=style, linewidth=1, label=name)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        levels(axis.axhline, {name: value for name, value in series.items() if name not in drawn})
         axis.get_legend().remove()
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
