@@ -118,13 +118,15 @@ def test_links_on_a_page_lead_somewhere(page):
         assert not anchor or target.suffix not in (".md", ".ipynb") or anchor in anchors(target), link
 
 
-def test_commands_and_variables_on_a_page_exist():
+def test_commands_variables_and_files_on_a_page_exist():
     targets = set(re.findall(r"^([a-z]+):", text_of("Makefile"), re.MULTILINE))
     used = set(re.findall(r"PDL_[A-Z]+", "\n".join(map(code_of, (REPOSITORY / "pdl_utils").rglob("*.py")))))
     for text in README, text_of("CONTRIBUTING.md"):
         assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)) <= targets
         assert set(re.findall(r"PDL_[A-Z]+", text)) <= used
     assert set(re.findall(r"^\| `(PDL_[A-Z]+)", README, re.MULTILINE)) == used
+    named = re.findall(r"`([\w/]+\.py)`", text_of("docs/reliability.md"))
+    assert [name for name in named if not (REPOSITORY / "tests" / name).exists()] == []
 
 
 def test_readme_is_one_page_and_begins_with_the_figures():
