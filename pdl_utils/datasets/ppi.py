@@ -20,8 +20,7 @@ URL = "https://data.dgl.ai/dataset/ppi.zip"  # which torch_geometric.datasets.PP
 
 @dataclass(frozen=True)
 class TissueGraphs:
-    """20, 2 and 2 graphs of 591 to 3,480 nodes, with 50 features `x` and 121 labels `y` a node: the graphs of the
-    test are new. In a stand-in's graphs the kind of every edge is known."""
+    """20, 2 and 2 graphs of 591 to 3,480 nodes, with 50 features `x` and 121 labels `y` a node."""
 
     train: list[Data]
     val: list[Data]
@@ -33,16 +32,15 @@ def ppi(stand_in: Sizes = PPI_SIZED) -> TissueGraphs:
     """PPI in the official split; offline, the graphs of `ppi_stand_in(stand_in)`."""
 
     def synthetic() -> TissueGraphs:
-        splits = ppi_stand_in(stand_in)
-        nodes = [graph.num_nodes for graphs in splits.values() for graph in graphs]
+        nodes = [*stand_in.train, *stand_in.val, *stand_in.test]
         size = f"{len(nodes)} seeded graphs of {min(nodes):,} to {max(nodes):,} nodes in PPI's shape"
-        source = f"stand-in: {size}, the kind of every edge known"
-        return TissueGraphs(**splits, provenance=Provenance("PPI", source, real=False))
+        provenance = Provenance("PPI", f"stand-in: {size}, the kind of every edge known", real=False)
+        return TissueGraphs(**ppi_stand_in(stand_in), provenance=provenance)
 
-    def download(root: Path) -> None:
-        download_and_extract_archive(URL, root, root / "ppi" / "raw", remove_finished=True)
-
-    return obtain("PPI", "ppi", read=_read, download=download, stand_in=synthetic)
+    return obtain(
+        "PPI", "ppi", read=_read, stand_in=synthetic,
+        download=lambda root: download_and_extract_archive(URL, root, root / "ppi" / "raw", remove_finished=True),
+    )  # fmt: skip
 
 
 def _read(folder: Path) -> TissueGraphs:
@@ -55,18 +53,19 @@ def _graphs(raw: Path, part: str) -> list[Data]:
     """What `torch_geometric.datasets.PPI` gives, in a seventh of its time and without its copy of the files. Every
     edge stands there in both directions, once each, without self-loops."""
     arrays = {}
-    for name, width in {"graph_id": None, "feats": FEATURES, "labels": LABELS}.items():
+    for name, width in {"graph_id": (), "feats": (FEATURES,), "labels": (LABELS,)}.items():
         with reading(raw / f"{part}_{name}.npy"):
             array = arrays[name] = torch.from_numpy(np.load(raw / f"{part}_{name}.npy"))
-            if array.shape != (len(arrays["graph_id"]), *([width] if width else [])):
+            if array.shape != (len(arrays["graph_id"]), *width):
                 raise ValueError(f"its shape is {tuple(array.shape)}")
-            if not array.isfinite().all() or (name == "labels" and not ((array == 0) | (array == 1)).all()):
-                raise ValueError("it holds labels other than 0 and 1" if name == "labels" else "NaN or infinity")
+            fits = (array == 0) | (array == 1) if name == "labels" else array.isfinite()
+            if not fits.all():
+                raise ValueError("it holds NaN or infinity, or labels other than 0 and 1")
     ids = arrays["graph_id"]
     with reading(raw / f"{part}_graph.json"):
         links = json.loads((raw / f"{part}_graph.json").read_bytes())["links"]
         edges = torch.tensor([(link["source"], link["target"]) for link in links]).T
         edges, _ = remove_self_loops(to_undirected(edges, num_nodes=len(ids)))
-        whole = Data(x=arrays["feats"].float(), y=arrays["labels"].float(), edge_index=edges)
+        whole = Data(x=arrays["feats"].float(), edge_index=edges, y=arrays["labels"].float())
         whole.validate()
     return [whole.subgraph(ids == one) for one in ids.unique()]

@@ -2,12 +2,10 @@
 place, and say so; and attention can be scored against the kind of every edge.
 
 Nodes belong to protein complexes; a complex does one job (its module) in one compartment of the cell. About half
-of the edges are functional: they stay inside a complex. The others lead to one decoy complex, which does another
-job in the other compartment. A node's labels follow from its module; most of what is known of it stands in its
-neighbours' features, since as in PPI 43% of the nodes carry no motif of their own. Whoever tells the two kinds of
-edges apart, by the compartments at both ends, can average over the right neighbours: what an attention *can* gain
-is large here by construction.
-"""
+of the edges stay inside a complex: they are functional. The others lead to one decoy complex, which does another
+job in the other compartment. A node's labels follow from its module, which shows mostly in its neighbours'
+features: as in PPI, 43% of the nodes carry no motif of their own. Whoever tells the two kinds of edges apart, by the
+compartments at both ends, gains much: what an attention *can* gain is large here by construction."""
 
 from __future__ import annotations
 
@@ -22,15 +20,14 @@ FEATURES, LABELS = 50, 121
 COMPARTMENTS = 2  # the first features, one-hot; the others are motifs
 MOTIFS_A_MODULE, MOTIF_RATE, BACKGROUND_RATE = 6, 0.3, 0.004
 ANNOTATED = 0.57  # share of nodes that carry motifs
-FUNCTIONAL = 0.5  # share of functional edges, before those that repeat one another are merged
+FUNCTIONAL = 0.5  # share of functional edges, before repeated ones are merged
 LABEL_DENSITY, LABEL_CONCENTRATION = 0.3, 3.0
 DEGREE_SPREAD = 0.9  # of the logarithm of a node's propensity to have edges: a heavy tail
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Nodes of every graph in each split, modules, nodes a complex (mean), and edges a node (mean, before those
-    that repeat one another are merged)."""
+    """Nodes of every graph in each split, modules, and means: nodes a complex, edges a node before merging."""
 
     train: tuple[int, ...]
     val: tuple[int, ...]
@@ -82,7 +79,6 @@ def _graph(nodes: int, sizes: Sizes, rates: np.ndarray, labels: np.ndarray, rng:
     member = np.sort(rng.integers(count, size=nodes))  # each node's complex
     pairs = _edges(member, _decoys(module, rng), sizes.degree, rng)
     functional = member[pairs[0]] == member[pairs[1]]
-
     motifs = (rng.random((nodes, rates.shape[1])) < rates[module[member]]) & (rng.random((nodes, 1)) < ANNOTATED)
     features = np.concatenate([np.eye(COMPARTMENTS)[compartment[member]], motifs], axis=1)
     place = rng.permutation(nodes)  # the order of the nodes must not give the complexes away
@@ -116,8 +112,7 @@ def _edges(member: np.ndarray, decoy: np.ndarray, degree: float, rng: np.random.
     source = np.repeat(np.arange(nodes), stubs)
     inside = rng.random(len(source)) < FUNCTIONAL
     partner = np.where(inside, member[source], decoy[member[source]])
-    # A partner is drawn from its complex in proportion to its propensity: nodes are sorted by complex, so that a
-    # complex is a stretch of the cumulative propensity.
+    # In proportion to its propensity: nodes are sorted by complex, a stretch of the cumulative propensity.
     total = np.concatenate([[0], propensity.cumsum()])
     first = np.searchsorted(member, np.arange(len(decoy) + 1))
     low, high = total[first[partner]], total[first[partner + 1]]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -15,7 +14,8 @@ from torch_geometric.utils import degree
 
 from pdl_utils.plots import COLORS, HEAT, MARKERS, STYLES
 
-LIKENESS = "cividis"  # how alike two nodes are, 0..1
+LIKENESS = {"cmap": "cividis", "norm": mpl.colors.Normalize(0, 1)}  # how alike two nodes are
+BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # behind numbers
 
 
 def small_graph(
@@ -24,33 +24,46 @@ def small_graph(
 ) -> None:  # fmt: skip
     """A graph of a few nodes, named by their numbers and drawn at their places. With `weight` (E,) in 0..1 the
     edges into one node are arrows as wide as their weight, and its edge to itself a circle of that width."""
-    for index, (source, target) in enumerate(edge_index.T.tolist()):
-        (x, y), (to_x, to_y) = place[source], place[target]
-        if weight is None:
-            axis.plot([x, to_x], [y, to_y], color="0.6", linewidth=1.5, zorder=1)
-        elif target == into and source == target:
-            ring(axis, (x, y), 0.24, float(weight[index]), f"{weight[index]:.2f}")
-        elif target == into:
-            look = {"arrowstyle": "-|>", "color": COLORS[0], "shrinkA": 12, "shrinkB": 14}
-            look["linewidth"] = 1 + 8 * float(weight[index])
-            axis.annotate("", (to_x, to_y), (x, y), arrowprops=look, zorder=1)
-            aside = 0.2 / np.hypot(to_x - x, to_y - y)  # to the left of the arrow, seen along it
-            spot = (x + to_x) / 2 - aside * (to_y - y), (y + to_y) / 2 + aside * (to_x - x)
-            axis.text(*spot, f"{weight[index]:.2f}", ha="center", va="center")
-    for node, (x, y) in place.items():
-        axis.scatter(x, y, s=330, color="white", edgecolors="black", zorder=3)
-        axis.text(x, y, str(node), ha="center", va="center", zorder=4)
-    axis.set(aspect="equal", title=title)
+    spots = np.array([place[node] for node in range(len(place))], dtype=float)
+    edges = (edge_index[1] == into).nonzero().flatten().tolist()
+    if weight is None:
+        draw_edges(axis, spots, edge_index, "0.6", 1.5)
+        edges = []
+    for edge in edges:
+        start, end, width = spots[edge_index[0, edge]], spots[into], float(weight[edge])
+        middle = (start + end) / 2
+        if (start == end).all():
+            ring(axis, start, 0.24, width)
+            middle[1] += 0.6
+        else:
+            look = {"arrowstyle": "-|>", "linewidth": 1 + 8 * width, "shrinkA": 12, "shrinkB": 14}
+            axis.annotate("", end, start, arrowprops=look | {"color": COLORS[0]}, zorder=1)
+        axis.text(*middle, f"{width:.2f}", ha="center", va="center", bbox=BOX)
+    axis.scatter(*spots.T, s=330, color="white", edgecolors="black", zorder=3)
+    for node, spot in enumerate(spots):
+        axis.text(*spot, str(node), ha="center", va="center", zorder=4)
     axis.margins(0.18)
+    axis.set(aspect="equal", title=title)
     axis.set_axis_off()
 
 
-def ring(axis: Axes, around: tuple[float, float], radius: float, weight: float, text: str = "") -> None:
+def ring(axis: Axes, place: Sequence[float], radius: float, weight: float) -> None:
     """A node's edge to itself: a circle above it, as wide as its weight in 0..1."""
-    x, y = around
-    look = {"fill": False, "linewidth": 0.3 + 9 * weight, "color": COLORS[0]}
-    axis.add_patch(mpl.patches.Circle((x, y + radius), radius, **look))
-    axis.text(x, y + 2.3 * radius, text, ha="center", va="bottom")
+    around = place[0], place[1] + radius
+    axis.add_patch(mpl.patches.Circle(around, radius, fill=False, linewidth=0.3 + 9 * weight, color=COLORS[0]))
+
+
+def circle(count: int, x: float = 0, y: float = 0) -> np.ndarray:
+    """Places (count, 2) in a circle of radius 1 around (x, y), counter-clockwise from its right."""
+    angle = np.linspace(0, 2 * np.pi, count, endpoint=False)
+    return np.stack([x + np.cos(angle), y + np.sin(angle)], axis=1)
+
+
+def draw_edges(axis: Axes, place: np.ndarray, edge_index: Tensor, color: str, width: float) -> None:
+    """Edges among the nodes that have a place, (N, 2) with NaN for the others; one line for both directions."""
+    ends = place[edge_index[:, edge_index[0] < edge_index[1]].cpu()]  # (2, E, 2)
+    ends = ends[:, np.isfinite(ends).all(axis=(0, 2))]
+    axis.plot(*ends.transpose(2, 0, 1), color=color, linewidth=width, zorder=1)
 
 
 def node_of_degree(edge_index: Tensor, wanted: int) -> int:
@@ -61,27 +74,21 @@ def node_of_degree(edge_index: Tensor, wanted: int) -> int:
 def draw_neighbourhood(
     axis: Axes, edge_index: Tensor, centre: int, likeness: Tensor, *, title: str, alpha: Tensor | None = None
 ) -> None:
-    """A node in the middle, its neighbours in a circle around it, and in grey the edges among these.
-
-    `likeness` (E,) in 0..1, such as `jaccard`, colours a neighbour and orders the circle; `alpha` (E,) is the
-    width of the edges into the centre, on one scale for all figures, and of the circle that is its edge to itself.
-    """
-    into = (edge_index[1] == centre).nonzero().squeeze(1).tolist()
-    edge = {int(edge_index[0, e]): e for e in into}  # neighbour → an edge from it
-    around = sorted(edge.keys() - {centre}, key=lambda node: -float(likeness[edge[node]]))
-    angle = np.linspace(0, 2 * np.pi, len(around), endpoint=False)
-    place = dict(zip(around, np.stack([np.cos(angle), np.sin(angle)], axis=1), strict=True))
-    among = torch.isin(edge_index, torch.tensor(around, device=edge_index.device)).all(0)
-    for a, b in edge_index[:, among].T.tolist():
-        if a < b:
-            axis.plot(*np.stack([place[a], place[b]]).T, color="0.88", linewidth=0.7, zorder=1)
-    for node, (x, y) in place.items():
-        width = 1.0 if alpha is None else 0.3 + 9 * float(alpha[edge[node]])
+    """A node in the middle, its neighbours in a circle around it, and in grey the edges among these. `likeness`
+    (E,) in 0..1, such as `jaccard`, colours a neighbour and orders the circle; `alpha` (E,) is the width of the
+    edges into the centre, on one scale for all figures, and of the circle that is its edge to itself."""
+    into = ((edge_index[1] == centre) & (edge_index[0] != centre)).nonzero().squeeze(1)
+    into = into[likeness[into].argsort(descending=True, stable=True)]
+    place, around = np.full((int(edge_index.max()) + 1, 2), np.nan), edge_index[0, into].cpu()
+    place[around] = circle(len(into))
+    draw_edges(axis, place, edge_index, "0.88", 0.7)
+    for edge, (x, y) in zip(into, place[around], strict=True):
+        width = 1 if alpha is None else 0.3 + 9 * float(alpha[edge])
         axis.plot([0, x], [0, y], color=COLORS[0], linewidth=width, alpha=0.8, zorder=2)
-        color = mpl.colormaps[LIKENESS](float(likeness[edge[node]]))
-        axis.scatter(x, y, color=[color], s=46, edgecolors="white", zorder=3)
-    if alpha is not None and centre in edge:
-        ring(axis, (0, 0), 0.2, float(alpha[edge[centre]]))
+    axis.scatter(*place[around].T, c=likeness[into].cpu(), **LIKENESS, s=46, edgecolors="white", zorder=3)
+    loop = (edge_index == centre).all(0)
+    if alpha is not None and loop.any():
+        ring(axis, (0, 0), 0.2, float(alpha[loop]))
     axis.scatter(0, 0, color="black", marker="*", s=170, edgecolors="white", zorder=4)
     axis.set(title=title, aspect="equal")
     axis.set_axis_off()
@@ -89,28 +96,22 @@ def draw_neighbourhood(
 
 def likeness_bar(figure: Figure, axes: Sequence[Axes], label: str) -> None:
     """The colours of `draw_neighbourhood`, beside `axes`."""
-    colors = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), LIKENESS)
-    figure.colorbar(colors, ax=list(axes), shrink=0.8, label=label)
+    figure.colorbar(mpl.cm.ScalarMappable(**LIKENESS), ax=list(axes), shrink=0.8, label=label)
 
 
 def draw_complexes(axis: Axes, graph: Data, pairs: int = 2) -> None:
     """Complexes of a synthetic graph, each beside its decoy, one compartment left and the other right: edges
     within a complex blue, those between a complex and its decoy orange."""
-    place, ends = {}, graph.complex[graph.edge_index]  # the complexes at both ends of each edge
+    place, ends = np.full((graph.num_nodes, 2), np.nan), graph.complex[graph.edge_index]
     for row in range(pairs):
         decoy = int(ends[1, (ends[0] == 2 * row) & ~graph.functional][0])
         for column, number in enumerate((2 * row, decoy)):
-            members = (graph.complex == number).nonzero().squeeze(1).tolist()
-            angle = np.linspace(0, 2 * np.pi, len(members), endpoint=False)
-            spots = np.stack([3 * column + np.cos(angle), np.sin(angle) - 2.5 * row], axis=1)
-            place |= dict(zip(members, spots, strict=True))
-    for (a, b), functional in zip(graph.edge_index.T.tolist(), graph.functional.tolist(), strict=True):
-        if a < b and a in place and b in place:
-            color, width = (COLORS[0], 0.8) if functional else (COLORS[1], 0.5)
-            axis.plot(*np.stack([place[a], place[b]]).T, color=color, linewidth=width, zorder=1)
-    for node, spot in place.items():
-        color = COLORS[2] if graph.x[node, 0] > 0 else COLORS[5]
-        axis.scatter(*spot, s=26, color=color, edgecolors="white", zorder=2)
+            members = (graph.complex == number).cpu()
+            place[members] = circle(int(members.sum()), 3 * column, -2.5 * row)
+    draw_edges(axis, place, graph.edge_index[:, ~graph.functional], COLORS[1], 0.5)
+    draw_edges(axis, place, graph.edge_index[:, graph.functional], COLORS[0], 0.8)
+    colors = np.where(graph.x[:, 0].cpu() > 0, COLORS[2], COLORS[5])
+    axis.scatter(*place.T, s=26, c=colors, edgecolors="white", zorder=2)
     axis.set(aspect="equal", title="complexes and their decoys")
     axis.set_axis_off()
 
@@ -120,12 +121,10 @@ def seed_points(axis: Axes, values: Mapping[str, Sequence[float]], *, xlabel: st
     sample standard deviation to both sides."""
     for row, seeds in enumerate(values.values()):
         mean, spread = float(np.mean(seeds)), float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0
-        axis.plot([mean - spread, mean + spread], [row, row], color="black", linewidth=1.5, zorder=2)
+        axis.errorbar(mean, row, xerr=spread, fmt="o", color=COLORS[0], ecolor="black")
         axis.scatter(seeds, [row + 0.24] * len(seeds), s=14, color=COLORS[1], marker="|", zorder=3)
-        axis.scatter(mean, row, s=36, color=COLORS[0], zorder=4)
         text = f"{mean:.4f}" + (f" ± {spread:.4f}" if len(seeds) > 1 else "")
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
-        axis.annotate(text, (mean, row), (0, 6), textcoords="offset points", ha="center", bbox=box)
+        axis.annotate(text, (mean, row), (0, 6), textcoords="offset points", ha="center", bbox=BOX)
     axis.set_yticks(range(len(values)), list(values))
     axis.margins(x=0.35)  # room for the numbers
     axis.set(xlabel=xlabel, title=title, ylim=(len(values) - 0.5, -0.8))
@@ -134,8 +133,7 @@ def seed_points(axis: Axes, values: Mapping[str, Sequence[float]], *, xlabel: st
 def head_points(
     axis: Axes, scores: Mapping[str, Sequence[Sequence[float]]], *, ylabel: str, title: str, reference: float
 ) -> None:
-    """One mark a head, above the number of its layer: network → layers → a score a head; a dashed line at
-    `reference`."""
+    """One mark a head, above its layer: network → layers → a score a head. A dashed line at `reference`."""
     axis.axhline(reference, color="black", linestyle=STYLES[1], linewidth=1)
     for index, (name, layers) in enumerate(scores.items()):
         shift = 0.24 * (index - (len(scores) - 1) / 2)  # networks side by side
@@ -159,9 +157,9 @@ def two_sides(axis: Axes, scores: Mapping[str, Sequence[Sequence[float]]], *, ti
     """One mark a head: its ROC-AUC for targets in one compartment against that in the other; on the falling
     diagonal a gain here is a loss there. `scores`: network → (heads, 2)."""
     for index, (name, each) in enumerate(scores.items()):
-        label = f"{name}, {len(each)} heads"
-        axis.scatter(*np.asarray(each).T, color=COLORS[index], marker=MARKERS[index], s=26, alpha=0.8, label=label)
+        look = {"color": COLORS[index], "marker": MARKERS[index], "s": 26, "alpha": 0.8}
+        axis.scatter(*np.asarray(each).T, label=f"{name}, {len(each)} heads", **look)
     axis.plot([0, 1], [1, 0], color="black", linestyle=STYLES[1], linewidth=1, label="one gains, one loses")
-    labels = {"xlabel": "ROC-AUC, targets in one compartment", "ylabel": "ROC-AUC, in the other"}
-    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), title=title, **labels)
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), title=title)
+    axis.set(xlabel="ROC-AUC, targets in one compartment", ylabel="ROC-AUC, in the other")
     axis.legend()
