@@ -4,7 +4,7 @@ place, and say so; and attention can be scored against the kind of every edge.
 Nodes belong to protein complexes; a complex does one job (its module) in one compartment of the cell. About half
 of the edges stay inside a complex: they are functional. The others lead to one decoy complex, which does another
 job in the other compartment. A node's labels follow from its module, which shows mostly in its neighbours'
-features: as in PPI, 43% of the nodes carry no motif of their own. Whoever tells the two kinds of edges apart, by the
+features: as in PPI, 43% of the nodes carry no motif of their own. Who tells the two kinds of edges apart, by the
 compartments at both ends, gains much: what an attention *can* gain is large here by construction."""
 
 from __future__ import annotations

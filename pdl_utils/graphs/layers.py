@@ -88,6 +88,8 @@ class WeightedSum(torch.autograd.Function):
 
 def edge_products(a: Tensor, b: Tensor, graph: SortedEdges) -> Tensor:
     """a_i · b_j for every edge j → i: a, b (H, N, C) → (E, H)."""
+    if len(graph.source) > a.shape[1] ** 2:  # repeated edges: more than a sparse matrix of these nodes may hold
+        return (a[:, graph.target] * b[:, graph.source]).sum(2).t()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
         parts = graph.rowptr, graph.source, a.new_zeros(len(graph.source)), (a.shape[1], a.shape[1])
