@@ -1,7 +1,5 @@
 """Numbers of the graph notebook, against small cases that can be checked by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -21,11 +19,8 @@ def edges_of(pairs: list[tuple[int, int]], nodes: int) -> Tensor:
     return sort_edge_index(edge_index, sort_by_row=False)
 
 
-def test_micro_f1_by_hand_and_as_scikit_learn_has_it():
-    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    logits = torch.tensor([[2.0, 1.0, -1.0], [-1.0, -1.0, 0.5]])  # 2 right, 1 too many, 1 missed
-    assert metrics.micro_f1(logits, labels) == pytest.approx(2 * 2 / (3 + 3))
-    assert metrics.micro_f1(torch.zeros(2, 3), labels) == 0  # a logit of 0 predicts nothing
+def test_micro_f1_is_scikit_learns():
+    assert metrics.micro_f1(torch.zeros(2, 3), torch.ones(2, 3)) == 0  # a logit of 0 predicts nothing
     assert metrics.micro_f1(-torch.ones(2, 3), torch.zeros(2, 3)) == 1
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(50, 7, generator=generator), torch.rand(50, 7, generator=generator).round()
@@ -70,7 +65,7 @@ def test_jaccard():
     torch.testing.assert_close(metrics.jaccard(labels, edges), torch.tensor([1, 1 / 3, 0]).repeat(2**15))
 
 
-def test_preference_within_one_neighbourhood_is_spearmans_correlation():
+def test_preference_is_spearmans_correlation_in_one_neighbourhood_and_compares_within_neighbourhoods_only():
     star = edges_of([(node, 0) for node in range(1, 12)], 12)
     generator = torch.Generator().manual_seed(0)
     alpha = torch.rand(star.shape[1], 2, generator=generator)
@@ -79,10 +74,7 @@ def test_preference_within_one_neighbourhood_is_spearmans_correlation():
     expected = [spearmanr(alpha[seen, head], value[seen, 0]).statistic for head in range(2)]
     assert metrics.preference(star, alpha, value)[:, 0].tolist() == pytest.approx(expected)
 
-
-def test_preference_compares_within_neighbourhoods_only():
-    """Values that differ between targets alone are no preference, whatever the attention does."""
-    generator = torch.Generator().manual_seed(1)
+    # Values that differ between targets alone are no preference, whatever the attention does.
     edges = edges_of(torch.randint(40, (300, 2), generator=generator).tolist(), 40)
     alpha = torch.rand(edges.shape[1], 1, generator=generator)
     order = alpha[:, 0] + 10 * torch.rand(40, generator=generator)[edges[1]]
