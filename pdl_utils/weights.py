@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pdl_utils.settings import REPOSITORY, save_atomically
@@ -49,7 +49,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, 
             weight = (rows / scale[:, None]).round().to(torch.int8).view(weight.shape)
         stored[name] = (weight.half() if weight.is_floating_point() else weight).contiguous()
     metadata = {key: json.dumps(value) for key, value in facts.items()}
-    save_atomically(lambda partial: save_file(stored, partial, metadata), path)
+    content = save(stored, metadata)  # its own way to write hides a full disk behind another error
+    save_atomically(lambda partial: partial.write_bytes(content), path)
     others = [line for line in digest_lines(path.parent) if line.split()[1] != path.name]
     text = "\n".join([*others, f"{sha256(path)}  {path.name}", ""])
     save_atomically(lambda partial: partial.write_text(text, newline="\n"), path.parent / DIGESTS)
