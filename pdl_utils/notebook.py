@@ -150,7 +150,8 @@ def words_in(figure: Figure) -> str:
     """A figure's titles, and the labels of its axes and lines: what it says, for those who cannot see it."""
     words = [figure.get_suptitle()]
     for axis in figure.axes:
-        words += [axis.get_title("left"), axis.get_ylabel(), axis.get_xlabel(), *axis.get_legend_handles_labels()[1]]
+        words += [axis.get_title("left"), axis.get_ylabel(), axis.get_xlabel()]
+        words += axis.get_legend_handles_labels()[1]
     return "; ".join(dict.fromkeys(word for word in words if word))
 
 
