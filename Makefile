@@ -19,7 +19,7 @@ notebooks: $(VENV)/.ready
 	@echo "executed notebooks and their HTML: build/notebooks/"
 
 test: $(VENV)/.ready-test
-	$(QUICKLY) $(BIN)/python -m pytest tests
+	$(QUICKLY) $(BIN)/python -m pytest --timeout=300 tests
 	@set -e; for notebook in $(NOTEBOOKS); do \
 	  $(QUICKLY) $(BIN)/python -m pytest $(NBVAL) $$notebook; \
 	done
