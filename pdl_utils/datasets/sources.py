@@ -59,7 +59,7 @@ def reading(path: Path | str) -> Iterator[None]:
     """Whatever goes wrong inside becomes a DamagedFile that names `path`."""
     try:
         yield
-    except (DamagedFile, PermissionError, MemoryError):  # the first has its name, the others are no damage
+    except (PermissionError, MemoryError):  # no damage
         raise
     except Exception as error:  # readers raise all kinds of things for half a file
         raise DamagedFile(f"{path} is missing or damaged ({error})") from error

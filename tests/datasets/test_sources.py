@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 
 from pdl_utils.datasets import sources
 from pdl_utils.settings import data_root
@@ -103,6 +104,13 @@ def test_a_failed_download_means_a_stand_in_or_an_error(fault, make_official, fi
         monkeypatch.setattr(sources, "SILENCE", 30)
         file_server.fault = None
         assert cifar.load().provenance.real
+
+
+def test_a_download_with_a_damaged_file_is_not_put_in_place(make_official, monkeypatch):
+    official = make_official("cifar10")
+    monkeypatch.setitem(CIFAR10.meta, "md5", "another one")
+    assert not official.load().provenance.real
+    assert in_root() == {f".{official.folder}.lock"}
 
 
 def test_offline_asks_nobody(make_official, file_server, monkeypatch, capsys):
