@@ -24,6 +24,7 @@ from pdl_utils import settings
 from pdl_utils.plots import use_style
 from pdl_utils.training import UnusableState, run_file
 
+WIDEST = 847  # pixels of a figure; JupyterLab shrinks what is wider
 T = TypeVar("T")
 Sources = Iterable[Any] | None  # data sets and networks: whatever has a `.provenance`; None: all used so far
 
@@ -104,8 +105,10 @@ class Run:
         told, kind, drawn = self._stand_ins(data), "jpg" if photographs else "png", BytesIO()
         if told:
             figure.text(1, 0, told.strip(" ·"), ha="right", va="top", style="italic")
+        figure.draw_without_rendering()  # or its layout would not be known yet
+        dots = min(100, WIDEST / (figure.get_tightbbox().width + 0.2))  # an inch; the margins are 0.2
         jpeg = {"quality": 85, "subsampling": 0}  # PNG knows neither
-        figure.savefig(drawn, format=kind, dpi=100, bbox_inches="tight", pil_kwargs=jpeg)
+        figure.savefig(drawn, format=kind, dpi=dots, bbox_inches="tight", pil_kwargs=jpeg)
         plt.close(figure)
         display(Image(drawn.getvalue(), format=kind, alt=alt or words_in(figure)))
         if self.full:

@@ -1,12 +1,14 @@
 """What a notebook shows: the table at its top, figures, tables, findings, results; and what it keeps."""
 
 import json
+from io import BytesIO
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pdl_utils import notebook, settings
 from pdl_utils.datasets.sources import Provenance
@@ -67,6 +69,12 @@ def test_a_figure_has_a_text_and_is_written_in_full_only_where_that_is_possible(
     assert (tmp_path / "figures" / "line.png").read_bytes() == screen.last
     Run("x", "fast").show(plt.figure(), "photo", "a photograph", photographs=True)
     assert screen.last.startswith(b"\xff\xd8")  # JPEG
+    wide, axis = plt.subplots(figsize=(12, 2))
+    axis.set(title="far", xlabel="epoch")
+    axis.text(1.1, 0.5, "far outside of the axes", transform=axis.transAxes)
+    Run("x", "fast").show(wide, "wide")
+    assert Image.open(BytesIO(screen.last)).width == pytest.approx(847, abs=1)  # JupyterLab's width
+    assert screen[-1].alt == "far; epoch"
     assert not plt.get_fignums()
     assert [p.name for p in (tmp_path / "figures").iterdir()] == ["line.png"]
     monkeypatch.setenv("PDL_FIGURES", str(tmp_path / "figures" / "line.png"))  # no folder
