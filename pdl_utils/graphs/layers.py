@@ -122,16 +122,17 @@ class PairScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slope, grads = ctx.slope, []
-        for h, query, att, up in zip(*ctx.saved_tensors, grad.t().contiguous(), strict=True):
-            into_h, into_query, into_att = (torch.zeros_like(x) for x in (h, query, att))
+        heads = zip(*ctx.saved_tensors, grad.t().contiguous(), strict=True)
+        slope, into_att, grads = ctx.slope, torch.zeros_like(ctx.saved_tensors[2]), []
+        for head, (h, query, att, up) in enumerate(heads):
+            into_h, into_query = torch.zeros_like(h), torch.zeros_like(query)
             for source, target, part, pair in PairScores.tiles(h, query, ctx.graph, up):
                 into_pair = leaky_relu_backward(torch.outer(part, att), pair, slope, False)
                 into_h.index_add_(0, source, into_pair)
                 into_query.index_add_(0, target, into_pair)
-                into_att.addmv_(F.leaky_relu(pair, slope).t(), part)  # not in place: double backward needs `pair`
-            grads.append((into_h, into_query, into_att))
-        return *(torch.stack(each) for each in zip(*grads, strict=True)), None, None
+                into_att[head].addmv_(F.leaky_relu(pair, slope).t(), part)  # double backward needs `pair` as it is
+            grads.append((into_h, into_query))
+        return *(torch.stack(each) for each in zip(*grads, strict=True)), into_att, None, None
 
 
 def glorot_linear(in_channels: int, out_channels: int, bias: bool = False) -> nn.Linear:
