@@ -15,7 +15,6 @@ from torch_geometric.utils import degree
 from pdl_utils.plots import COLORS, HEAT, MARKERS, STYLES
 
 LIKENESS = {"cmap": "cividis", "norm": mpl.colors.Normalize(0, 1)}  # how alike two nodes are
-BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # behind numbers
 
 
 def small_graph(
@@ -25,20 +24,20 @@ def small_graph(
     """A graph of a few nodes, named by their numbers and drawn at their places. With `weight` (E,) in 0..1 the
     edges into one node are arrows as wide as their weight, and its edge to itself a circle of that width."""
     spots = np.array([place[node] for node in range(len(place))], dtype=float)
-    edges = (edge_index[1] == into).nonzero().flatten().tolist()
     if weight is None:
         draw_edges(axis, spots, edge_index, "0.6", 1.5)
-        edges = []
-    for edge in edges:
-        start, end, width = spots[edge_index[0, edge]], spots[into], float(weight[edge])
-        middle = (start + end) / 2
-        if (start == end).all():
-            ring(axis, start, 0.24, width)
-            middle[1] += 0.6
-        else:
-            look = {"arrowstyle": "-|>", "linewidth": 1 + 8 * width, "shrinkA": 12, "shrinkB": 14}
-            axis.annotate("", end, start, arrowprops=look | {"color": COLORS[0]}, zorder=1)
-        axis.text(*middle, f"{width:.2f}", ha="center", va="center", bbox=BOX)
+    else:
+        for edge in (edge_index[1] == into).nonzero().flatten().tolist():
+            start, end, width = spots[edge_index[0, edge]], spots[into], float(weight[edge])
+            along = end - start
+            if not along.any():
+                ring(axis, start, 0.24, width)
+                aside = np.array([0, 0.6])
+            else:
+                look = {"arrowstyle": "-|>", "linewidth": 1 + 8 * width, "shrinkA": 12, "shrinkB": 14}
+                axis.annotate("", end, start, arrowprops=look | {"color": COLORS[0]}, zorder=1)
+                aside = 0.2 * np.array([-along[1], along[0]]) / np.linalg.norm(along)  # to the arrow's left
+            axis.text(*(start + along / 2 + aside), f"{width:.2f}", ha="center", va="center")
     axis.scatter(*spots.T, s=330, color="white", edgecolors="black", zorder=3)
     for node, spot in enumerate(spots):
         axis.text(*spot, str(node), ha="center", va="center", zorder=4)
@@ -88,7 +87,7 @@ def draw_neighbourhood(
     axis.scatter(*place[around].T, c=likeness[into].cpu(), **LIKENESS, s=46, edgecolors="white", zorder=3)
     loop = (edge_index == centre).all(0)
     if alpha is not None and loop.any():
-        ring(axis, (0, 0), 0.2, float(alpha[loop]))
+        ring(axis, (0, 0), 0.2, float(alpha[loop][0]))
     axis.scatter(0, 0, color="black", marker="*", s=170, edgecolors="white", zorder=4)
     axis.set(title=title, aspect="equal")
     axis.set_axis_off()
@@ -124,7 +123,8 @@ def seed_points(axis: Axes, values: Mapping[str, Sequence[float]], *, xlabel: st
         axis.errorbar(mean, row, xerr=spread, fmt="o", color=COLORS[0], ecolor="black")
         axis.scatter(seeds, [row + 0.24] * len(seeds), s=14, color=COLORS[1], marker="|", zorder=3)
         text = f"{mean:.4f}" + (f" ± {spread:.4f}" if len(seeds) > 1 else "")
-        axis.annotate(text, (mean, row), (0, 6), textcoords="offset points", ha="center", bbox=BOX)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+        axis.annotate(text, (mean, row), (0, 6), textcoords="offset points", ha="center", bbox=box)
     axis.set_yticks(range(len(values)), list(values))
     axis.margins(x=0.35)  # room for the numbers
     axis.set(xlabel=xlabel, title=title, ylim=(len(values) - 0.5, -0.8))
