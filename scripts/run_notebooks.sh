@@ -15,7 +15,7 @@ notebook = nbformat.read(sys.argv[1], as_version=4)
 notebook.metadata.language_info.pop("version", None)
 nbformat.write(notebook, sys.argv[1])'
 
-"$python" -c 'from pdl_utils.settings import get_profile; print("profile:", get_profile())' || exit 1
+"$python" -c 'from pdl_utils.settings import get_profile; print("profile: %s (%s)" % get_profile())' || exit 1
 number=0
 failed=
 for notebook in "$@"; do
