@@ -181,7 +181,7 @@ def run_file(name: str, *code: nn.Module | Callable, **settings: Any) -> Path:
                 raise TypeError(f"{part} has no code of its own; name networks, classes and functions")
             _add_source(part, sources)
     text = json.dumps([name, settings, sorted(sources.values())], sort_keys=True)
-    readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    readable = re.sub(r"[^a-z0-9]+", "-", name.lower())[:60].strip("-")  # file names have a longest length
     return data_root() / "runs" / f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pt"
 
 

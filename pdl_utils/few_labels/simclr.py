@@ -68,7 +68,9 @@ def pretrain(
     optimizer, scheduler = sgd(model, lr, weight_decay, steps=len(sizes) * len(batches), warmup=len(batches))
 
     def contrast(network: nn.Module, views: tuple[Tensor, Tensor]) -> Tensor:
-        return loss(*network(torch.cat(views)).chunk(2))  # as one batch: batch norm sees both views alike
+        z = network(torch.cat(views))  # as one batch: batch norm sees both views alike
+        with torch.autocast(device.type, enabled=False):  # bfloat16 would round similarities to 1/128
+            return loss(*z.float().chunk(2))
 
     how = {"label": "SimCLR", "scheduler": scheduler, "autocast": has_bfloat16(device), **options}
     return fit(model, batches, contrast, optimizer, epochs=len(sizes), **how)

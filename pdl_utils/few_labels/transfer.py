@@ -228,7 +228,8 @@ class Difference:
     high: float
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        interval = f"{100 * self.low:+.1f} to {100 * self.high:+.1f}" if self.low < self.high else "on every set"
+        return f"{100 * self.mean:+.1f} points ({interval})"
 
     @property
     def tie(self) -> bool:

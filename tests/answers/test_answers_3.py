@@ -9,7 +9,7 @@ from pdl_utils.training import NonFiniteLoss
 
 NT_XENT, LORA = "# Core: the NT-Xent loss", "# Core: LoRA of a linear layer"
 DIGITS = (LORA, "def five_digits", "def train(", "def low_rank")
-ALONE = {"for name, augment in VIEWS.items():": "for name, augment in ():"}
+ALONE = {"for name, augment in TASKS.items():": "for name, augment in ():"}
 
 
 def pretraining(cells, temperature=0.2, **change):
@@ -33,7 +33,7 @@ def test_2_without_normalisation_it_trains_only_at_a_far_smaller_rate(notebook_c
     line = {"z = F.normalize(torch.cat([z1, z2]), dim=1)": "z = torch.cat([z1, z2])"}
     with pytest.raises(NonFiniteLoss):
         pretraining(cells, **line)
-    losses, _ = pretraining(cells, **line, **{"lr=0.25": "lr=0.003"})
+    losses, _ = pretraining(cells, **line, **{'"lr": 0.25': '"lr": 0.003'})
     assert losses[-1] < 0.5 * losses[0]
 
 

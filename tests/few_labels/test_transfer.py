@@ -138,7 +138,7 @@ def test_a_paired_difference_is_that_of_scipy():
     assert found.low < found.mean == pytest.approx(np.mean(one) - np.mean(other))
     assert not found.tie
     assert paired(one, rng.permutation(one)).tie
-    assert str(paired([0.5, 0.75], [0.25, 0.5])) == "+25.0 points (+25.0 to +25.0)"  # no spread
+    assert str(paired([0.5, 0.75], [0.25, 0.5])) == "+25.0 points (on every set)"  # no spread
     with pytest.raises(ValueError, match="2 and 3 accuracies; give the same two or more label sets"):
         paired([0.5, 0.5], [0.5, 0.6, 0.7])
 
@@ -151,7 +151,7 @@ def test_of_options_that_tie_the_cheapest_is_chosen():
 
 def test_a_table_compares_on_the_label_sets_that_both_were_tried_on():
     rows = transfer.against({"probe": [0.5, 0.7, 0.9], "tuned": [0.6, 0.8]}, [("tuned", "probe")])
-    assert rows == [["tuned", "70.0% ± 14.1", "probe", "+10.0 points (+10.0 to +10.0)", "2"]]
+    assert rows == [["tuned", "70.0% ± 14.1", "probe", "+10.0 points (on every set)", "2"]]
     assert "a tie" in transfer.against({"a": [0.1, 0.3], "b": [0.3, 0.1]}, [("a", "b")])[0][3]
 
 
