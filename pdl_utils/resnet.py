@@ -20,7 +20,7 @@ from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.resnet import BasicBlock
 
 from pdl_utils.datasets.photos import to_rgb
-from pdl_utils.datasets.sources import Provenance, obtain, reading, with_notice
+from pdl_utils.datasets.sources import Provenance, obtain, reading, tell, with_notice
 from pdl_utils.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from pdl_utils.settings import data_root, progress_wanted
 from pdl_utils.weights import CHECKPOINTS, CorruptCheckpoint, load_weights, read_weights, sha256
@@ -114,7 +114,7 @@ def users_network(arch: str, file: Path) -> PretrainedNetwork:
     if "transform_input" in facts:
         model.transform_input = facts["transform_input"]
     origin = with_notice(f"{arch} weights", facts.get("source", f"the file weights/{file.name}"), file.parent)
-    print(origin)
+    tell(origin)
     given = {name: facts[name] for name in ("resize", "size", "interpolation", "mean", "std") if name in facts}
     return PretrainedNetwork(model, facts["categories"], origin, **given)
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets import Imagenette
 
 from pdl_utils.datasets import stand_ins
-from pdl_utils.datasets.sources import Provenance, download_tar, obtain, reading, with_notice
+from pdl_utils.datasets.sources import Provenance, download_tar, obtain, reading, tell, with_notice
 from pdl_utils.settings import data_root
 
 NAME = "ImageNet photographs"
@@ -44,7 +44,7 @@ def imagenet_photos(count: int | None = None, prefer: Sequence[str] = ()) -> Pho
     if images:
         source = f"{len(images)} photograph{'s' * (len(images) > 1)} from imagenet-samples/"
         own = Photos(images, names, with_notice(NAME, source, folder))
-        print(own.provenance)
+        tell(own.provenance)
         return own
     split = "Imagenette's validation split, and scikit-image's cat"
     samples = Provenance(NAME, "stand-in: sample photographs of scikit-image and scikit-learn", real=False)

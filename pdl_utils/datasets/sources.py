@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from filelock import FileLock
@@ -44,6 +45,11 @@ def with_notice(name: str, source: str, folder: Path) -> Provenance:
     notice = folder / "NOTICE.txt"
     said = "; " + " ".join(notice.read_text("utf-8", "replace").split()) if notice.is_file() else ""
     return Provenance(name, source + said)
+
+
+def tell(origin: object) -> None:
+    """Print where something comes from, in lines that JupyterLab does not break inside of words."""
+    print(fill(str(origin), 96))
 
 
 class NoRealData(RuntimeError):
@@ -103,7 +109,7 @@ def obtain(
                 f"{name}: no real data, because {problem}. Connect to the network, with PDL_OFFLINE unset, or put "
                 f"the official files into {place}{accept}, and run this again."
             )
-    print(data.provenance, end=f", because {problem}\n" if problem else "\n")
+    tell(f"{data.provenance}, because {problem}" if problem else data.provenance)
     return data
 
 
