@@ -262,6 +262,7 @@ def test_another_name_setting_or_loop_is_another_file(monkeypatch, tmp_path):
     file = run_file("GAT + skips, seed 0", seed=0, widths=[256, 256])
     assert file.parent == tmp_path / "runs"
     assert file.name.startswith("gat-skips-seed-0-")
+    assert len(run_file("a long name " * 40).name) < 100  # a file system allows 255 bytes
     assert file == run_file("GAT + skips, seed 0", widths=[256, 256], seed=0)
     assert file != run_file("GAT + skips, seed 0", widths=[256, 257], seed=0)
     assert file != run_file("GAT - skips, seed 0", seed=0, widths=[256, 256])
