@@ -24,7 +24,7 @@ from pdl_utils import settings
 from pdl_utils.plots import use_style
 from pdl_utils.training import UnusableState, run_file
 
-WIDEST = 847  # pixels of a figure; JupyterLab shrinks what is wider
+LAB_WIDTH = 847  # pixels that JupyterLab has for a figure; it shrinks what is wider
 T = TypeVar("T")
 Sources = Iterable[Any] | None  # data sets and networks: whatever has a `.provenance`; None: all used so far
 
@@ -53,13 +53,16 @@ class Run:
             "precision": f"float32{bfloat16}",
             "versions": f"Python {platform.python_version()}, {versions}",
         }
-        self.shown = display(markdown_table(["run", "with"], self.rows.items()), display_id=True)
+        self.shown = display(self._top(), display_id=True)
+
+    def _top(self) -> Markdown:
+        return markdown_table(["run", "with"], self.rows.items())
 
     def note(self, what: str, value: str) -> None:
         """Add a row to the table at the notebook's top, or change it."""
         self.rows[what] = value
         if self.shown is not None:  # outside of a notebook there is nothing to update
-            self.shown.update(markdown_table(["run", "with"], self.rows.items()))
+            self.shown.update(self._top())
 
     def use(self, source: T) -> T:
         """Enter the provenance of data or weights into the table; returns what it was given."""
@@ -106,7 +109,7 @@ class Run:
         if told:
             figure.text(1, 0, told.strip(" ·"), ha="right", va="top", style="italic")
         figure.draw_without_rendering()  # or its layout would not be known yet
-        dots = min(100, WIDEST / (figure.get_tightbbox().width + 0.2))  # an inch; the margins are 0.2
+        dots = min(100, LAB_WIDTH / (figure.get_tightbbox().width + 0.2))  # an inch; the margins are 0.2
         jpeg = {"quality": 85, "subsampling": 0}  # PNG knows neither
         figure.savefig(drawn, format=kind, dpi=dots, bbox_inches="tight", pil_kwargs=jpeg)
         plt.close(figure)

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class UnusableState(RuntimeError):
 class History:
     """What `fit` saw, one row an epoch: `epoch`, `loss` (mean over batches), `seconds`, and `evaluate`'s."""
 
-    rows: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict[str, float]]
 
     def __getitem__(self, name: str) -> list[float]:
         return [row[name] for row in self.rows if name in row]
