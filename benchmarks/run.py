@@ -7,8 +7,6 @@ a busy moment of the machine meets both. Weights and inputs are the same on both
 compared first. torch.utils.benchmark takes the time: with a set number of threads, and waiting for a GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools

@@ -3,8 +3,6 @@
 They are uint8 (N, C, H, W), colour or grey, of any height and width, until `normalize`. Cropping, mirroring and
 resizing a batch are one `grid_sample`; the colours of an image are changed by one 3×4 matrix."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -175,7 +173,7 @@ class Batches:
         if self.labels is not None and len(self.labels) != count:
             raise ValueError(f"{count} images have {len(self.labels)} labels; give one label an image")
 
-    def __call__(self, epoch: int) -> Batches:
+    def __call__(self, epoch: int) -> "Batches":
         return replace(self, epoch=epoch)
 
     def __len__(self) -> int:

@@ -1,7 +1,5 @@
 """What a notebook shows: how it was run, figures, tables, findings and results."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """One look for all figures: colour-blind safe, readable in grey, labelled."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 

@@ -1,8 +1,6 @@
 """Classifiers with all that belongs to their weights: torchvision's networks, and a ResNet for small images
 (He et al. 2015, arXiv:1512.03385)."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How large an experiment is, where it runs, in which precision, from which seed, and where files lie."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """One training loop for every experiment, which can be interrupted; and what names the file of a kept training."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import hashlib

@@ -1,7 +1,5 @@
 """Files of weights: safetensors with their facts inside. Those that ship have a SHA-256 beside them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

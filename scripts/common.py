@@ -1,7 +1,5 @@
 """What both pretraining programs share: options, several processes, and the facts that ship with the weights."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

@@ -6,8 +6,6 @@ A page needs no network. Its figures lie in it, and its formulas are MathML with
 the system has no font for formulas, browsers draw small sums and roots with gaps. MathJax as a file would be 2 MB.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import mimetypes

@@ -13,8 +13,6 @@ residual blocks that start as the identity, and images that grow during training
 function of a trained ResNet-18 (Net2Net) rather than from nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

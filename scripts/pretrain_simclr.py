@@ -10,8 +10,6 @@ The defaults suit a CPU: a ResNet-18 of half the width whose stem has stride 2. 
 CIFAR-10 experiments, for a GPU: `--width 64 --stem-stride 1 --schedule 32x400`.
 """
 
-from __future__ import annotations
-
 import argparse
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Photographs of ImageNet's kind, to show what a network looks at."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

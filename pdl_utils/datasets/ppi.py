@@ -1,7 +1,5 @@
 """PPI (Zitnik & Leskovec 2017; splits of Hamilton et al. 2017): proteins of 24 human tissues, 121 labels each."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CIFAR-10, MNIST, or images of your own as `LabelledImages`: small, and whole in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

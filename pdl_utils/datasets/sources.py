@@ -1,8 +1,6 @@
 """Where data come from: files under the data root, else the official source, else a stand-in. What was used is
 printed. PDL_DATA is the data root; PDL_OFFLINE=1 and PDL_REQUIRE_REAL=1 have the last word."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

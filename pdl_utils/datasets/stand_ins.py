@@ -1,7 +1,5 @@
 """Offline stand-ins, made from sample images that ship inside scikit-image and scikit-learn."""
 
-from __future__ import annotations
-
 import numpy as np
 import skimage.data
 import torch

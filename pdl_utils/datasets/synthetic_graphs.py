@@ -7,8 +7,6 @@ job in the other compartment. A node's labels follow from its module, which show
 features: as in PPI, 43% of the nodes carry no motif of their own. Who tells the two kinds of edges apart, by the
 compartments at both ends, gains much: what an attention *can* gain is large here by construction."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import chain
 

@@ -1,7 +1,5 @@
 """Tiny ImageNet (Stanford CS231n): 200 ImageNet classes at 64×64, with a box an image. It has no stand-in."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The figures of notebook 3."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt

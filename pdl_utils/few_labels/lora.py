@@ -1,7 +1,5 @@
 """LoRA: learn a low-rank update beside frozen layers (Hu et al. 2021, arXiv:2106.09685)."""
 
-from __future__ import annotations
-
 import copy
 import math
 from fnmatch import fnmatchcase

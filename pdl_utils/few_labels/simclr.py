@@ -1,8 +1,6 @@
 """SimCLR: learn features without labels, by telling two views of one image from all others
 (Chen et al. 2020, arXiv:2002.05709)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,8 +1,6 @@
 """Learning from a handful of labelled images: from random weights, by a probe on frozen features, by fine-tuning;
 and comparing what two ways reach on the same sets of labels."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What would give a wrong map without a sign is refused here, with what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

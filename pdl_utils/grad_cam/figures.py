@@ -1,7 +1,5 @@
 """Maps laid over their photographs, in rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Read what the layers of a model compute, without changing the model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches

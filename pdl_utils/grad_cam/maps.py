@@ -1,8 +1,6 @@
 """Where in the image is the evidence for a class? Grad-CAM: Selvaraju et al. 2017, arXiv:1610.02391. Guided
 backpropagation: Springenberg et al. 2014, "Striving for Simplicity", arXiv:1412.6806."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

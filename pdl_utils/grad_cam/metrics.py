@@ -2,8 +2,6 @@
 box, arXiv:1910.01279). Pixels: Petsiuk et al. 2018 (insertion and deletion, arXiv:1806.07421). Weights: Adebayo et
 al. 2018 (cascading randomisation, arXiv:1810.03292)."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 

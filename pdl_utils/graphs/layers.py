@@ -3,8 +3,6 @@ al. 2022), from torch operations alone. Parameters, outputs and gradients are th
 Tensors (E, H, C), half a gigabyte for two PPI graphs at 1024 channels, are avoided: to move one takes longer than
 the arithmetic. Shapes: N nodes, E edges, H heads, C channels a head."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from functools import partial

@@ -2,8 +2,6 @@
 far node features have smoothed. Shapes: N nodes, L labels (0 or 1), E edges in edge_index (2, E), H heads, C
 channels. Attention and edge_index are as a layer gives them on request, self-loops included."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy.stats import rankdata

@@ -1,7 +1,5 @@
 """Figures of graphs and of what attention looks at. edge_index (2, E) and alpha are as the layers give them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl

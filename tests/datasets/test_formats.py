@@ -1,7 +1,5 @@
 """What each data set holds, value by value; photographs and images of one's own; stand-ins; the real files."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import pickle

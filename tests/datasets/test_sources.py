@@ -3,8 +3,6 @@
 No test needs the network or the real data: `official` (conftest.py) serves small data sets on this machine.
 """
 
-from __future__ import annotations
-
 import io
 import multiprocessing
 import os
