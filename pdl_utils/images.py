@@ -204,7 +204,11 @@ def outputs(model: nn.Module, images: Tensor, size: Size | None = None, batch: i
         return torch.cat([model(normalize(resize(some.to(device), size))) for some in images.split(batch)])
 
 
+def share_right(logits: Tensor, labels: Tensor) -> float:
+    """Share of the rows (N, classes) whose largest entry is that of their label (N,)."""
+    return (logits.argmax(1).cpu() == labels.cpu()).float().mean().item()
+
+
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, size: Size | None = None) -> float:
     """Share of uint8 images (N, C, H, W) whose most probable class is their label (N,)."""
-    guesses = outputs(model, images, size).argmax(1)
-    return (guesses == labels.to(guesses.device)).float().mean().item()
+    return share_right(outputs(model, images, size), labels)

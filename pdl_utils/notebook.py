@@ -139,7 +139,7 @@ class Run:
         for name, result in results.items():
             values, *sources = result if isinstance(result, tuple) else (result, *self.sources)
             theirs = {entry["column"]: entry["figure"] for entry in published if name in entry["rows"]}
-            ours = in_words(name, values) + self._stand_ins(sources)
+            ours = mean_and_deviation(name, values) + self._stand_ins(sources)
             rows.append([name, ours, theirs.get("paper", "–"), theirs.get("public", "–")])
         display(markdown_table(["result", "this run", "paper", "best public"], rows))
         seconds = time.perf_counter() - self.started
@@ -159,7 +159,7 @@ def words_in(figure: Figure) -> str:
     return "; ".join(dict.fromkeys(word for word in words if word))
 
 
-def in_words(name: str, values: float | Sequence[float]) -> str:
+def mean_and_deviation(name: str, values: float | Sequence[float]) -> str:
     """A result as it is shown: "0.973 ± 0.002 (n = 3)". ValueError: a number is missing, NaN or infinite."""
     numbers = np.atleast_1d(np.asarray(values, dtype=float))
     if not numbers.size or not np.isfinite(numbers).all():

@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock
 from pdl_utils.datasets.photos import to_rgb
 from pdl_utils.datasets.sources import Provenance, obtain, reading, tell, with_notice
 from pdl_utils.images import IMAGENET_MEAN, IMAGENET_STD, normalize
-from pdl_utils.settings import data_root, progress_wanted
+from pdl_utils.settings import data_root, flag
 from pdl_utils.weights import CHECKPOINTS, CorruptCheckpoint, load_weights, read_weights, sha256
 
 
@@ -137,7 +137,7 @@ def official_network(arch: str) -> PretrainedNetwork:
         return PretrainedNetwork(model, categories, origin, resize, size, how, preset.mean, preset.std)
 
     def download(folder: Path) -> None:
-        torch.hub.download_url_to_file(entry.url, str(folder / file), progress=progress_wanted())
+        torch.hub.download_url_to_file(entry.url, str(folder / file), progress=flag("PDL_PROGRESS", "1"))
 
     stand_in = (lambda: own_network(arch)) if arch in ("resnet18", "resnet34") else None
     return obtain(f"{arch} weights", file, read=read, download=download, stand_in=stand_in)

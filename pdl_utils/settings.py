@@ -61,14 +61,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def flag(name: str) -> bool:
-    """Is the environment variable `name` switched on? Unset, empty, 0, false, no and off are not."""
-    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
-
-
-def progress_wanted() -> bool:
-    """Show progress bars, unless `PDL_PROGRESS=0`?"""
-    return os.environ.get("PDL_PROGRESS", "1") != "0"
+def flag(name: str, default: str = "0") -> bool:
+    """Is the environment variable `name` on? 0, false, no and off are not; empty or unset means `default`."""
+    return (os.environ.get(name, "").strip().lower() or default) not in ("0", "false", "no", "off")
 
 
 def data_root() -> Path:

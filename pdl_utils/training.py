@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
-from pdl_utils.settings import data_root, progress_wanted, save_atomically
+from pdl_utils.settings import data_root, flag, save_atomically
 
 LIBRARIES = sys.stdlib_module_names | {"torch", "torchvision", "torch_geometric"}  # their code names no training
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.Lambda)
@@ -101,7 +101,7 @@ def fit(
     if file and file.exists():
         rows, best = _resume(file, parts, settings)
     writes = file and not (dist.is_initialized() and dist.get_rank())  # of several processes, the first
-    device, hidden = next(model.parameters()).device, label is None or not progress_wanted()
+    device, hidden = next(model.parameters()).device, label is None or not flag("PDL_PROGRESS", "1")
     todo = range(len(rows), epochs)
     with tqdm(todo, label, epochs, initial=len(rows), unit="epoch", file=sys.stdout, disable=hidden) as bar:
         for epoch in bar:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdl_utils.datasets.sources import Provenance
-from pdl_utils.images import Augmentation, Batches, Size, outputs
+from pdl_utils.images import Augmentation, Batches, Size, outputs, share_right
 from pdl_utils.resnet import cifar_resnet18
 from pdl_utils.settings import has_bfloat16
 from pdl_utils.training import History, fit, sgd
@@ -81,7 +81,7 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
     similarity, nearest = similarity.topk(min(k, len(bank)))
     votes = similarity.new_zeros(len(queries), int(bank_labels.max()) + 1)
     votes.scatter_add_(1, bank_labels[nearest], (similarity / 0.1).exp())
-    return (votes.argmax(1) == labels).float().mean().item()
+    return share_right(votes, labels)
 
 
 def knn_monitor(

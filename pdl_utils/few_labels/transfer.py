@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pdl_utils.images import Augmentation, Batches, Size, accuracy, height_and_width, outputs
+from pdl_utils.images import Augmentation, Batches, Size, accuracy, height_and_width, outputs, share_right
 from pdl_utils.resnet import cifar_resnet18
 from pdl_utils.settings import has_bfloat16, pick_device
 from pdl_utils.training import History, fit, sgd
@@ -210,11 +210,6 @@ class Trials:
 def percent(values: Sequence[float]) -> str:
     """Mean and deviation over label sets or seeds: "65.6% ± 2.2"."""
     return f"{100 * np.mean(values):.1f}% ± {100 * np.std(values, ddof=1):.1f}"
-
-
-def share_right(logits: Tensor, labels: Tensor) -> float:
-    """Share of the rows (N, classes) whose largest entry is that of their label (N,)."""
-    return (logits.argmax(1).cpu() == labels.cpu()).float().mean().item()
 
 
 @dataclass(frozen=True)

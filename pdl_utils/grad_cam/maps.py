@@ -4,15 +4,20 @@ backpropagation: Springenberg et al. 2014, "Striving for Simplicity", arXiv:1412
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pdl_utils.grad_cam.checks import Classes, choose_classes, class_scores, feature_maps, finite, float_batch
 from pdl_utils.grad_cam.hooks import evaluating, record_activations
 from pdl_utils.images import resize
+from pdl_utils.plots import image_grid, overlay, to_pixels
 from pdl_utils.resnet import PretrainedNetwork
+
+Row = tuple[Tensor, Sequence[Tensor], Sequence[str]]  # a photograph, its maps, and a title for each of these
 
 
 @dataclass
@@ -140,3 +145,16 @@ def scale_to_one(maps: Tensor) -> Tensor:
     """Each map (…, h, w) divided by its largest absolute value; a map of zeros stays zeros."""
     peak = finite(maps, "maps").abs().amax((-2, -1), keepdim=True)
     return maps / peak.where(peak > 0, 1)
+
+
+def pictures(photo: Tensor, maps: Sequence[Tensor], signed: bool = False) -> list[np.ndarray]:
+    """A photograph (3, H, W), then each map (h, w) enlarged, divided by its largest value and laid over it."""
+    heats = [scale_to_one(enlarge(cells[None, None], photo.shape[-2:]))[0, 0] for cells in maps]
+    return [to_pixels(photo), *(overlay(photo, heat, signed) for heat in heats)]
+
+
+def map_grid(rows: Sequence[Row], columns: int, *, signed: bool = False, cell: float = 1.9) -> Figure:
+    """The `pictures` of all rows with their titles, `columns` in a line, `cell` inches wide."""
+    tiles = [tile for photo, maps, _ in rows for tile in pictures(photo, maps, signed)]
+    titles = [title for *_, texts in rows for title in texts]
+    return image_grid(tiles, titles, columns=columns, cell=cell)
