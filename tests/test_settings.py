@@ -78,9 +78,3 @@ def test_a_copy_of_the_package_refuses_and_says_what_to_do(tmp_path):
     said = run_python("import pdl_utils", cwd=tmp_path).stderr
     assert "ImportError: pdl_utils was installed as a copy" in said
     assert "pip install -e ." in said
-
-
-def test_a_folder_that_cannot_be_written_to_is_named_with_the_variables(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"state\.pt cannot be written; .*PDL_DATA and PDL_FIGURES"):
-        settings.save_atomically(lambda partial: partial.touch(), tmp_path / "file" / "state.pt")

@@ -12,7 +12,7 @@ from pdl_utils.datasets import cifar10, tiny_imagenet
 from pdl_utils.few_labels.simclr import knn_monitor, pretrained_encoder
 from pdl_utils.images import accuracy
 from pdl_utils.resnet import own_network
-from pdl_utils.weights import CHECKPOINTS, DIGESTS, load_weights
+from pdl_utils.weights import CHECKPOINTS, load_weights
 
 FILES = sorted(path.name for path in CHECKPOINTS.glob("*.safetensors"))
 README = (CHECKPOINTS / "README.md").read_text(encoding="utf-8")
@@ -26,11 +26,6 @@ def needs(folder):
 def assert_near(measured, stated, images):
     """Within three standard errors of a share that is measured on so many images."""
     assert abs(measured - stated) < 3 * math.sqrt(stated * (1 - stated) / images), (measured, stated)
-
-
-def test_the_list_of_digests_is_that_of_the_files():
-    lines = (CHECKPOINTS / DIGESTS).read_text().splitlines()
-    assert sorted(line.split()[1] for line in lines) == FILES
 
 
 @pytest.mark.parametrize("name", FILES)

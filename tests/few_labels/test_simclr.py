@@ -1,6 +1,4 @@
-"""SimCLR: the loss against lightly's and by hand, and pretraining that learns, resumes and knows no labels."""
-
-import math
+"""SimCLR: the loss against lightly's, and pretraining that learns without labels."""
 
 import pytest
 import torch
@@ -21,15 +19,8 @@ def test_the_loss_and_its_gradient_equal_those_of_lightly(shape, temperature):
     peer.backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
-
-
-def test_the_loss_by_hand():
-    """Two images whose views agree perfectly and are orthogonal to each other: e^(1/t) / (e^(1/t) + 2)."""
-    z = torch.eye(2)
-    expected = -math.log(math.exp(2) / (math.exp(2) + 2))
-    assert nt_xent_loss(3 * z, 7 * z, 0.5).item() == pytest.approx(expected, rel=1e-6)  # length is no matter
-    with pytest.raises(ValueError, match=r"two views, but the embeddings are \(2, 2\) and \(1, 2\)"):
-        nt_xent_loss(z, z[:1])
+    with pytest.raises(ValueError, match=r"two views, but the embeddings are"):
+        nt_xent_loss(ours[0], ours[1][1:])
 
 
 def test_the_loss_is_computed_in_float32_under_autocast():
@@ -78,15 +69,3 @@ def test_views_without_augmentation_are_equal_and_the_loss_says_so():
     _, same = train(images, [32], lr=1e-9, augment=Augmentation())
     _, views = train(images, [32], lr=1e-9)
     assert same["loss"] < views["loss"]
-
-
-def test_interrupted_it_goes_on_to_the_same_weights(tmp_path):
-    images, _ = two_kinds(32)
-    whole, _ = train(images, [16, 24, 32])
-    scores = iter([{"score": 0.5}])  # there is none for the second epoch
-    with pytest.raises(StopIteration):
-        train(images, [16, 24, 32], file=tmp_path / "state.pt", evaluate=lambda model: next(scores))
-    pieces, history = train(images, [16, 24, 32], file=tmp_path / "state.pt")
-    assert len(history["score"]) == 1  # it did go on
-    for ours, theirs in zip(pieces.parameters(), whole.parameters(), strict=True):
-        assert torch.equal(ours, theirs)

@@ -118,7 +118,8 @@ def test_ways_to_name_classes():
 def test_heatmaps_have_the_size_of_the_images_and_a_peak_of_one():
     maps = torch.tensor([[[[2.0, 0.0], [0.0, -1.0]], [[0.0, 0.0], [0.0, 0.0]]]])
     cam = cams.ClassMaps({"a": maps, "b": -maps}, torch.tensor([[0, 1]]), torch.zeros(1, 2), (2, 4))
-    expected = [[1, 0.75, 0.25, 0], [0, -0.125, -0.375, -0.5]]  # beyond the centre of an outer cell its value stays
+    # Beyond the centre of an outer cell its value stays.
+    expected = [[1, 0.75, 0.25, 0], [0, -0.125, -0.375, -0.5]]
     torch.testing.assert_close(cam.heatmaps(), torch.tensor([[expected, [[0.0] * 4] * 2]]))
     torch.testing.assert_close(cam.heatmaps("b"), -cam.heatmaps())
     with pytest.raises(ValueError, match="maps: a value is NaN or infinite"):
