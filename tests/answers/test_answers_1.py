@@ -35,6 +35,8 @@ def test_without_a_copy_the_map_is_that_of_the_block(cells):
     block = maps_of(copied, "layer4", 1)
     assert torch.equal(maps_of(shared, "layer4.2.bn2", 1), block)
     assert not torch.allclose(maps_of(copied, "layer4.2.bn2", 1), block)
+    with pytest.raises(LookupError, match="no cell that runs holds"):  # or a change would be none
+        cells.run(*CORE, change={"return output.copy()": "return output"})
 
 
 def test_cell_by_cell_only_the_last_stage_stays_the_same(cells):
