@@ -32,18 +32,9 @@ from pdl_utils.settings import REPOSITORY, data_root
 tiny_imagenet = importlib.import_module("pdl_utils.datasets.tiny_imagenet")  # the module, not the function
 
 
-class FileServer(ThreadingHTTPServer):
+class Answer(BaseHTTPRequestHandler):
     """An official source on this machine: `files` by path. `fault`: "cut" sends half of one, "stalled" nothing."""
 
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Answer)
-        self.url = f"http://127.0.0.1:{self.server_port}/"
-        self.files, self.fault, self.requests = {}, None, 0
-
-
-class _Answer(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests += 1
         body = self.server.files.get(self.path.lstrip("/"))
@@ -64,7 +55,9 @@ class _Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def file_server():
-    with FileServer() as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        server.url, server.files = f"http://127.0.0.1:{server.server_port}/", {}
+        server.fault, server.requests = None, 0
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server
         server.shutdown()
@@ -195,35 +188,29 @@ def official(request, make_official):
     return make_official(request.param)
 
 
-class NotebookCells:
-    """The code cells of a notebook, to run some of them with changes, as a reader does who tries an exercise."""
-
-    def __init__(self, path):
-        cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-        last = max(i for i, cell in enumerate(cells) if "run.config(" in cell or "Run(" in cell)
-        self.setup, self.rest = cells[: last + 1], cells[last + 1 :]
-
-    def run(self, *texts, change=None):
-        """Run the set-up and every later cell that holds one of `texts`, in their order, with each old text in
-        `change` replaced by the new one; gives the namespace. LookupError: a text is in no cell that runs."""
-        change = change or {}
-        chosen = self.setup + [cell for cell in self.rest if any(text in cell for text in texts)]
-        for text in (*texts, *change):
-            if not any(text in cell for cell in chosen):
-                raise LookupError(f"no cell that runs holds {text!r}")
-        space = {"__name__": "__main__"}
-        for source in chosen:
-            for old, new in change.items():
-                source = source.replace(old, new)
-            lines = [line for line in source.splitlines() if not line.startswith(("%", "!"))]
-            with contextlib.redirect_stdout(io.StringIO()):
-                exec("\n".join(lines), space)
-        return space
+def run_cells(path, *texts, change=None):
+    """Run a notebook's set-up and each later cell that holds one of `texts`, in their order, with each old text in
+    `change` replaced by the new one; gives the namespace. LookupError: a text is in no cell that runs."""
+    change = change or {}
+    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    last = max(i for i, cell in enumerate(cells) if "run.config(" in cell or "Run(" in cell)
+    chosen = cells[: last + 1] + [cell for cell in cells[last + 1 :] if any(text in cell for text in texts)]
+    for text in (*texts, *change):
+        if not any(text in cell for cell in chosen):
+            raise LookupError(f"no cell that runs holds {text!r}")
+    space = {"__name__": "__main__"}
+    for source in chosen:
+        for old, new in change.items():
+            source = source.replace(old, new)
+        lines = [line for line in source.splitlines() if not line.startswith(("%", "!"))]
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec("\n".join(lines), space)
+    return space
 
 
 @pytest.fixture
 def notebook_cells(monkeypatch, tmp_path):
-    """`notebook_cells("1_grad_cam").run("def class_map", change={"relu()": "abs()"})`: in `fast`, without a
+    """`notebook_cells("1_grad_cam")("def class_map", change={"relu()": "abs()"})`: in `fast`, without a
     network, on stand-ins unless PDL_DATA is set. PDL_NOTEBOOKS names another folder of notebooks."""
     folder = Path(os.environ.get("PDL_NOTEBOOKS", REPOSITORY / "notebooks"))
     settings = {"PDL_PROFILE": "fast", "PDL_OFFLINE": "1", "PDL_PROGRESS": "0", "PDL_FIGURES": str(tmp_path)}
@@ -232,5 +219,5 @@ def notebook_cells(monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     for module in ("IPython.display", "pdl_utils.notebook"):
         monkeypatch.setattr(f"{module}.display", lambda *_, **__: DisplayHandle(), raising=False)
-    yield lambda name: NotebookCells(folder / f"{name}.ipynb")
+    yield lambda name: partial(run_cells, folder / f"{name}.ipynb")
     plt.close("all")

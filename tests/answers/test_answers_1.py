@@ -23,24 +23,24 @@ def maps_of(space, layer, count):
 
 
 def test_log_probabilities_keep_each_map_in_its_own_half(cells):
-    logit = cells.run(*CORE, "pair =")["left"]
+    logit = cells(*CORE, "pair =")["left"]
     change = {"model(image)[0, class_number]": "model(image).log_softmax(1)[0, class_number]"}
-    log_probability = cells.run(*CORE, "pair =", change=change)["left"]
+    log_probability = cells(*CORE, "pair =", change=change)["left"]
     assert log_probability[0] >= logit[0] > 0.9
     assert log_probability[1] < logit[1] < 0.3
 
 
 def test_without_a_copy_the_map_is_that_of_the_block(cells):
-    copied, shared = cells.run(*CORE), cells.run(*CORE, change={"return output.clone()": "return output"})
+    copied, shared = cells(*CORE), cells(*CORE, change={"return output.clone()": "return output"})
     block = maps_of(copied, "layer4", 1)
     assert torch.equal(maps_of(shared, "layer4.2.bn2", 1), block)
     assert not torch.allclose(maps_of(copied, "layer4.2.bn2", 1), block)
     with pytest.raises(LookupError, match="no cell that runs holds"):  # or a change would be none
-        cells.run(*CORE, change={"return output.copy()": "return output"})
+        cells(*CORE, change={"return output.copy()": "return output"})
 
 
 def test_cell_by_cell_only_the_last_stage_stays_the_same(cells):
-    mean, each = cells.run(*CORE), cells.run(*CORE, change={"gradient.mean((2, 3), keepdim=True)": "gradient"})
+    mean, each = cells(*CORE), cells(*CORE, change={"gradient.mean((2, 3), keepdim=True)": "gradient"})
     maps = [(maps_of(mean, f"layer{stage}", 6), maps_of(each, f"layer{stage}", 6)) for stage in (1, 2, 3, 4)]
     torch.testing.assert_close(maps[3][1], maps[3][0], rtol=1e-3, atol=1e-4)
     alike = [rank_correlation(*pair).mean() for pair in maps[:3]]
@@ -53,6 +53,6 @@ def test_the_average_box_is_one_more_answer_without_a_network(make_official, cel
     old = 'hits = {"anywhere": area,'
     new = 'hits = {"average box": cams.pointing_game(cams.box_masks(boxes, (64, 64)).float().mean(0).expand('
     change = {old: new + 'len(boxes), -1, -1), boxes, (64, 64)), "anywhere": area,'}
-    hits = cells.run(*CORE, "STAGES =", "def if_there_is", "hits =", change=change)["hits"]
+    hits = cells(*CORE, "STAGES =", "def if_there_is", "hits =", change=change)["hits"]
     assert hits["average box"].tolist() == [1, 1]  # both overlap in that pixel
     assert hits["centre point"].tolist() == [1, 0]

@@ -18,7 +18,7 @@ def shares(notebook_cells):
     """Shares of keys that are found, one for each seed."""
 
     def run(core, change, seeds=3):
-        space = notebook_cells("2_graph_attention").run(*CORES, change=change)
+        space = notebook_cells("2_graph_attention")(*CORES, change=change)
         return [space["learn_look_up"](space[core], seed)[0] for seed in range(seeds)]
 
     return run

@@ -14,16 +14,16 @@ ALONE = {"for name, augment in TASKS.items():": "for name, augment in ():"}
 
 def pretraining(cells, temperature=0.2, **change):
     """Loss and kNN accuracy at the end of the short pretraining, and before."""
-    space = cells.run("resnet = run.use", NT_XENT, "def short", change={**ALONE, **change})
+    space = cells("resnet = run.use", NT_XENT, "def short", change={**ALONE, **change})
     _, history = space["short"](space["simclr"].VIEW, temperature)
     return history["loss"], history["knn"]
 
 
 def test_1_without_the_mask_a_view_is_its_own_best_candidate(notebook_cells):
     cells, z = notebook_cells("3_transfer_learning"), torch.eye(4)  # partners agree perfectly
-    masked = cells.run(NT_XENT)["nt_xent"]
+    masked = cells(NT_XENT)["nt_xent"]
     line = "logits = logits - 1e9 * torch.eye(len(logits)).to(logits)"
-    unmasked = cells.run(NT_XENT, change={line: "logits = logits"})["nt_xent"]
+    unmasked = cells(NT_XENT, change={line: "logits = logits"})["nt_xent"]
     assert masked(z, z, 0.05) < 1e-6
     assert unmasked(z, z, 0.05).item() == pytest.approx(math.log(2), abs=1e-4)  # itself, or the partner
 
@@ -40,7 +40,7 @@ def test_2_without_normalisation_it_trains_only_at_a_far_smaller_rate(notebook_c
 def test_3_divided_by_the_root_of_the_rank_a_high_rank_learns_at_the_rate_0_3(notebook_cells):
     cells, reached = notebook_cells("3_transfer_learning"), {}
     for change, alpha in (({}, 8.0), ({"self.scale = alpha / rank": "self.scale = alpha / rank**0.5"}, 8**0.5)):
-        space = cells.run(*DIGITS, change=change)
+        space = cells(*DIGITS, change=change)
         net = space["low_rank"](64, alpha)
         space["train"](net, space["high"], 0.3, 15, 0, torch.optim.SGD)
         reached[alpha] = space["right"](net, space["high_test"])
@@ -51,7 +51,7 @@ def test_4_with_a_frozen_a_the_best_rate_is_larger_and_little_is_lost(notebook_c
     cells, best = notebook_cells("3_transfer_learning"), {}
     line = "self.A = nn.Linear(base.in_features, rank, bias=False).to(base.weight.device)"
     for name, change in (("free", {}), ("frozen", {line: f"{line}.requires_grad_(False)"})):
-        space, scores = cells.run(*DIGITS, change=change), {}
+        space, scores = cells(*DIGITS, change=change), {}
         for lr in (0.01, 0.1):
             net = space["low_rank"](8, 8.0)
             space["train"](net, space["high"], lr, 6)

@@ -37,25 +37,21 @@ def in_root() -> set[str]:
     return {path.name for path in data_root().iterdir()}
 
 
-def test_local_files_are_read_without_network_and_without_writing(official, file_server, capsys):
-    before = tree(official.write())
-    data = official.load()
-    assert data.provenance.real
-    assert capsys.readouterr().out == f"{data.provenance}\n"
-    assert file_server.requests == 0
-    assert tree(data_root()) == before
-
-
-def test_a_download_equals_local_files_and_leaves_nothing_behind(official, file_server, tmp_path, monkeypatch):
+def test_a_download_equals_local_files_which_are_only_read(official, file_server, tmp_path, monkeypatch, capsys):
     downloaded = official.load()
     name = official.folder.split("/")[0]
-    assert in_root() == {name, f".{name}.lock"}
+    assert in_root() == {name, f".{name}.lock"}  # nothing is left behind
     (data_root() / name / "NOTICE.txt").write_text("three labels\nare unknown\n")
     file_server.files.clear()
     assert str(official.load().provenance).endswith("; three labels are unknown")
     monkeypatch.setenv("PDL_DATA", str(tmp_path / "elsewhere"))
-    official.write()
-    assert contents(downloaded) == contents(official.load())
+    before = tree(official.write())
+    capsys.readouterr()
+    data = official.load()
+    assert data.provenance.real
+    assert contents(data) == contents(downloaded)
+    assert capsys.readouterr().out == f"{data.provenance}\n"
+    assert tree(data_root()) == before
 
 
 def test_a_damaged_file_is_an_error_that_names_it_and_nothing_is_removed(official, file_server):
