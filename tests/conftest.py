@@ -30,6 +30,7 @@ from pdl_utils.datasets import photos, small_images, sources
 from pdl_utils.settings import REPOSITORY, data_root
 
 tiny_imagenet = importlib.import_module("pdl_utils.datasets.tiny_imagenet")  # the module, not the function
+REAL_DATA = Path(os.environ.get("PDL_DATA", "nowhere")).expanduser()  # before a test sets its own
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -61,6 +62,19 @@ def file_server():
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server
         server.shutdown()
+
+
+@pytest.fixture
+def real_data(monkeypatch):
+    """`real_data("ppi")` skips a test where the user's data root lacks that folder."""
+
+    def need(folder):
+        if not (REAL_DATA / folder).is_dir():
+            pytest.skip(f"PDL_DATA holds no {folder}")
+        for name, value in (("DATA", str(REAL_DATA)), ("OFFLINE", "1"), ("REQUIRE_REAL", "1")):
+            monkeypatch.setenv(f"PDL_{name}", value)
+
+    return need
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 good as they say."""
 
 import math
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,11 +14,6 @@ from pdl_utils.weights import CHECKPOINTS, load_weights
 
 FILES = sorted(path.name for path in CHECKPOINTS.glob("*.safetensors"))
 README = (CHECKPOINTS / "README.md").read_text(encoding="utf-8")
-DATA = Path(os.environ.get("PDL_DATA", "")).expanduser()
-
-
-def needs(folder):
-    return pytest.mark.skipif(not (DATA / folder).is_dir(), reason=f"PDL_DATA holds no {folder}")
 
 
 def assert_near(measured, stated, images):
@@ -39,9 +32,9 @@ def test_a_file_is_small_and_says_how_it_came_about(name):
     assert all(f"{figure:.1%}" in row for figure in figures)
 
 
-@needs("tiny-imagenet-200")
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34"])
-def test_a_network_recognises_as_many_images_as_it_says(arch):
+def test_a_network_recognises_as_many_images_as_it_says(arch, real_data):
+    real_data("tiny-imagenet-200")
     _, facts = load_weights(CHECKPOINTS / f"{arch}_tiny_imagenet.safetensors")
     network, side = own_network(arch), facts["resolution"]
     data = tiny_imagenet("val", limit=300)
@@ -49,8 +42,8 @@ def test_a_network_recognises_as_many_images_as_it_says(arch):
     assert_near(accuracy(network.model, data.images, data.labels, side), facts["top1"][str(side)], 300)
 
 
-@needs("cifar-10-batches-py")
-def test_the_neighbours_of_the_encoders_features_are_of_the_same_class_as_often_as_it_says():
+def test_the_neighbours_of_the_encoders_features_are_of_the_same_class_as_often_as_it_says(real_data):
+    real_data("cifar-10-batches-py")
     encoder, provenance, facts = pretrained_encoder()
     assert f"{facts['epochs']} epochs" in provenance.source
     data = cifar10()

@@ -1,7 +1,6 @@
 """What each data set holds, value by value; photographs and images of one's own; stand-ins; the real files."""
 
 import importlib
-import os
 import pickle
 import socket
 from pathlib import Path
@@ -18,7 +17,6 @@ from pdl_utils.settings import data_root
 
 module = importlib.import_module("pdl_utils.datasets.tiny_imagenet")  # not the function of the same name
 tiny_imagenet = module.tiny_imagenet
-REAL_DATA = Path(os.environ.get("PDL_DATA", "")).expanduser()
 
 pytestmark = pytest.mark.usefixtures("fresh_data")
 
@@ -177,10 +175,8 @@ def test_digits_and_photographs_stand_in(monkeypatch):
     assert len(imagenet_photos(100).images) == len(stand_ins.PHOTOGRAPHS)
 
 
-@pytest.mark.skipif(not (REAL_DATA / "cifar-10-batches-py").is_dir(), reason="PDL_DATA holds no real data")
-def test_real_data(monkeypatch):
-    for name, value in (("DATA", str(REAL_DATA)), ("OFFLINE", "1"), ("REQUIRE_REAL", "1")):
-        monkeypatch.setenv(f"PDL_{name}", value)
+def test_real_data(real_data):
+    real_data("cifar-10-batches-py")
     digits, images = datasets.mnist(), datasets.cifar10()
     assert digits.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert (len(digits.train_images), len(images.train_images)) == (60_000, 50_000)

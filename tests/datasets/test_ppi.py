@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -18,7 +17,6 @@ from pdl_utils.datasets.synthetic_graphs import FEATURES, LABELS, PPI_SIZED, SMA
 from pdl_utils.settings import data_root
 
 MODULE = importlib.import_module("pdl_utils.datasets.ppi")  # not the function of the same name
-REAL = Path(os.environ.get("PDL_DATA", "nowhere"))  # as it was before a test sets its own
 TINY = Sizes(train=(60, 80), val=(70,), test=(90,), modules=6, complex_size=10, degree=12)
 SIZES = {"train": (7, 9, 5), "valid": (6, 8), "test": (4, 6)}  # nodes of each graph
 
@@ -70,9 +68,8 @@ def test_equals_torch_geometric():
             torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(not (REAL / "ppi" / "raw").is_dir(), reason="PPI is not in PDL_DATA")
-def test_the_real_files(monkeypatch):
-    monkeypatch.setenv("PDL_DATA", str(REAL))
+def test_the_real_files(real_data):
+    real_data("ppi/raw")
     data = ppi()
     splits = {"train": data.train, "val": data.val, "test": data.test}
     nodes = {name: tuple(graph.num_nodes for graph in graphs) for name, graphs in splits.items()}

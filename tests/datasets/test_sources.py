@@ -127,19 +127,15 @@ def test_without_a_network_one_data_set_waits_for_all(error, make_official, monk
 
 
 @pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="this Python is older than tarfile's filters")
-@pytest.mark.parametrize("name", ["../../outside/evil", "way/evil"])
-def test_a_hostile_archive_changes_nothing_outside_its_folder(
-    name, make_official, file_server, tmp_path, monkeypatch
-):
-    """It has the right checksum, and tries to write by a name that leads out, or through a link that does."""
+def test_a_hostile_archive_changes_nothing_outside_its_folder(make_official, file_server, tmp_path, monkeypatch):
+    """It has the right checksum, and tries to write through a link that leads out."""
     official, buffer = make_official("cifar10"), io.BytesIO()
     (tmp_path / "outside").mkdir()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        if name.startswith("way"):
-            link = tarfile.TarInfo("way")
-            link.type, link.linkname = tarfile.SYMTYPE, "../../outside"
-            archive.addfile(link)
-        archive.addfile(tarfile.TarInfo(name))
+        link = tarfile.TarInfo("way")
+        link.type, link.linkname = tarfile.SYMTYPE, "../../outside"
+        archive.addfile(link)
+        archive.addfile(tarfile.TarInfo("way/evil"))
     file_server.files = dict.fromkeys(file_server.files, buffer.getvalue())
     monkeypatch.setattr("torchvision.datasets.utils.check_md5", lambda *_: True)
     assert not official.load().provenance.real

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import prune
 
 from pdl_utils.few_labels.lora import LoRA, adapter, add_lora, merge_lora
 
@@ -179,7 +179,6 @@ REFUSED = [
     (lambda: nn.Sequential(*2 * [nn.Linear(4, 4)]), {}, r"several names, 0\.weight, 1\.weight"),
     (hooked, {}, "the weight of 0 is made anew"),
     (lambda: nn.Sequential(prune.identity(nn.Linear(2, 3), "weight")), {}, "the weight of 0 is made anew"),
-    (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(2, 3))), {}, "the weight of 0 is made anew"),
     (lambda: trained(mlp()), {}, "LoRA layers already"),
 ]
 
