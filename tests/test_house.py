@@ -18,10 +18,8 @@ from pdl_utils.settings import REPOSITORY
 TOPICS = {"grad_cam", "graphs", "few_labels"}
 TOOLS = {"jupyter"}  # declared because README calls it, not because it is imported
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
-PAGES = [
-    REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/checkpoints/README.md")
-]
-PAGES += [*(REPOSITORY / "docs").glob("*.md"), *NOTEBOOKS]
+PAGES = [REPOSITORY / "data/checkpoints/README.md", *NOTEBOOKS]
+PAGES += [path for folder in (REPOSITORY, REPOSITORY / "docs") for path in folder.glob("*.md")]
 
 
 def text_of(name):
@@ -139,10 +137,9 @@ def test_readme_is_one_page_and_begins_with_the_figures():
 
 def results_of(number):
     """The rows of a committed notebook's results table: name → the other cells."""
-    outputs = [
-        o for c in nbformat.read(NOTEBOOKS[int(number) - 1], as_version=4).cells for o in c.get("outputs", [])
-    ]
-    shown = [o["data"].get("text/markdown", "") for o in outputs if "data" in o]
+    cells = nbformat.read(NOTEBOOKS[int(number) - 1], as_version=4).cells
+    outputs = [o["data"] for c in cells for o in c.get("outputs", []) if "data" in o]
+    shown = [data.get("text/markdown", "") for data in outputs]
     (table,) = [text for text in shown if "| paper | best public |" in text.partition("\n")[0]]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     return {row[0]: row[1:4] for row in rows}
@@ -199,12 +196,9 @@ def test_the_runner_writes_copies_and_html_and_fails_when_a_cell_or_a_page_does(
         assert ran.returncode == 1
         return ran
 
-    table = "display(Markdown('| run |'), display_id=True)"
-    sources = [
-        f"from IPython.display import Markdown, display\nshown = {table}",
-        "shown.update(Markdown('| 42 s |'))",
-    ]
-    good, bad = notebook(tmp_path / "good.ipynb", *sources), notebook(tmp_path / "bad.ipynb", "1 / 0")
+    first = "from IPython.display import Markdown, display\nshown = display(Markdown('| run |'), display_id=True)"
+    good = notebook(tmp_path / "good.ipynb", first, "shown.update(Markdown('| 42 s |'))")
+    bad = notebook(tmp_path / "bad.ipynb", "1 / 0")
     before = bad.read_bytes()
     (tmp_path / "out" / "good.html").mkdir(parents=True)  # no page can be written there
     assert "failed: good" in run(tmp_path / "out", good).stderr

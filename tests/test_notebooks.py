@@ -116,9 +116,7 @@ def output_problems(notebook):
     cells, text, found = code_cells(notebook), nbformat.writes(notebook), []
     for number, cell in enumerate(cells, 1):
         if cell.execution_count != number:
-            found.append(
-                f"code cell {number} has the execution count {cell.execution_count}: not run from the top"
-            )
+            found.append(f"code cell {number} was not run from the top: its count is {cell.execution_count}")
         if MARKER in cell.source and not cell.outputs:
             found.append(f"code cell {number} is marked and has no output to compare")
         problems = [problem for output in cell.outputs for problem in shown_problems(output)]
@@ -217,7 +215,7 @@ def test_faults_of_the_whole_notebook_are_seen():
     notebook.cells[1].execution_count = None
     notebook.metadata.language_info["version"] = "3.11"
     assert [problem[:30] for problem in source_problems(notebook) + output_problems(notebook)] == [
-        "the first code cell is not `PR", "code cell 2 has the execution ", "language_info lacks the file's"
+        "the first code cell is not `PR", "code cell 2 was not run from t", "language_info lacks the file's"
     ]  # fmt: skip
 
 

@@ -16,10 +16,8 @@ def cells(notebook_cells):
 def maps_of(space, layer, count):
     """Maps of the first photographs, for what they most probably show."""
     model, images, classes = space["model"], space["images"][:count], space["guesses"][:count, 0]
-    pairs = zip(images, classes, strict=True)
-    return torch.stack(
-        [space["class_map"](model, model.get_submodule(layer), image[None], c) for image, c in pairs]
-    )
+    layer = model.get_submodule(layer)
+    return torch.stack([space["class_map"](model, layer, images[[i]], c) for i, c in enumerate(classes)])
 
 
 def test_log_probabilities_keep_each_map_in_its_own_half(cells):
