@@ -97,16 +97,9 @@ def test_weights_bring_what_torchvision_changes_in_the_network_for_them(serve):
     assert torch.equal(model.fc.weight, weights["fc.weight"])
 
 
-def test_photographs_are_turned_and_laid_on_white_before_they_are_cut():
-    upright = Image.new("RGB", (8, 8), "white")
-    upright.paste("black", (0, 0, 8, 4))
-    turned, exif = upright.rotate(180), Image.Exif()
-    exif[0x0112] = 3  # held upside down
-    turned.info["exif"], turned._exif = exif.tobytes(), None
+def test_photographs_are_laid_on_white_before_they_are_cut():
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    crops = PretrainedNetwork(nn.Identity(), [], ORIGIN, 8, 8).crop([upright, turned, clear])
-    assert torch.equal(crops[1], crops[0])
-    assert (crops[2] == 255).all()
+    assert (PretrainedNetwork(nn.Identity(), [], ORIGIN, 8, 8).crop([clear]) == 255).all()
 
 
 # A file of the user's own

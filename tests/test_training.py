@@ -205,29 +205,19 @@ def test_schedule_and_decay_groups():
 CODE = '''
 import torch.nn.functional as F
 from torch import nn
-
 SLOPE = 0.2
-
-def scaled(x):
-    return 2 * x
-
 def helper(x):
-    return F.leaky_relu(scaled(x), SLOPE)
-
+    return F.leaky_relu(2 * x, SLOPE)
 def loss(net, batch):
     """A sentence."""
     return len(BRANCHES) * helper(net(batch)).mean()  # a comment
-
 class Base(nn.Module):
     def forward(self, x):
         return x + 1
-
 class Layer(Base):
     pass
-
 def unused():
     return 5
-
 BRANCHES = [helper]
 '''
 

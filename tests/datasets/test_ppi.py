@@ -49,10 +49,7 @@ def test_downloaded_once_and_then_read(file_server, monkeypatch, tmp_path):
     monkeypatch.setattr(MODULE, "URL", file_server.url + "ppi.zip")
     ppi()
     file_server.files.clear()
-    data = ppi()
-    assert data.provenance.real
-    for part, graphs in {"train": data.train, "valid": data.val, "test": data.test}.items():
-        assert [graph.num_edges for graph in graphs] == [2 * n for n in SIZES[part]]
+    assert ppi().provenance.real
     assert len(list(data_root().glob("ppi/**/*.*"))) == 12  # nothing is written beside the files
     (data_root() / "ppi/raw/NOTICE.txt").write_text("three labels\nare unknown\n")
     assert str(ppi().provenance) == "PPI: official files; three labels are unknown"

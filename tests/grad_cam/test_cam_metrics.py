@@ -29,14 +29,6 @@ class PixelSum(nn.Module):
 # Boxes
 
 
-def test_both_ends_of_a_box_are_inside():
-    mask = cams.box_masks(BOX, (8, 9))[0]
-    assert (mask.shape, mask.sum()) == ((8, 9), 4 * 4)
-    assert mask[3:7, 2:6].all()
-    peaks = torch.stack([point(*p) for p in [(3, 2), (6, 5), (3, 5), (6, 2), (2, 2), (7, 5), (3, 1), (6, 6)]])
-    assert cams.pointing_game(peaks, BOX.expand(8, 4)).tolist() == [1] * 4 + [0] * 4
-
-
 def test_the_highest_cell_points_at_its_centre():
     """Cells are 16 pixels wide and 8 high: that of row 0, column 3 has its centre at (56, 4). Enlarged, the
     highest value would be a plateau from there to the border, whose first pixel decided."""
