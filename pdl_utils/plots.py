@@ -41,8 +41,10 @@ def use_style() -> None:
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """(3, H, W), uint8 or float in 0..1 → (H, W, 3) float in 0..1."""
+    """(3, H, W), uint8 or float in 0..1 → (H, W, 3) float in 0..1. ValueError: it is of another kind."""
     pixels = image.detach().cpu().float() / (255 if image.dtype == torch.uint8 else 1)
+    if not ((pixels > -0.01) & (pixels < 1.01)).all():
+        raise ValueError(f"an image is uint8, or float in 0..1, not in {pixels.min():.3g}..{pixels.max():.3g}")
     return pixels.permute(1, 2, 0).clamp(0, 1).numpy()
 
 
@@ -56,7 +58,6 @@ def overlay(image: Tensor, heat: Tensor, signed: bool = False) -> np.ndarray:
             f"heat must be {tuple(image.shape[-2:])} in {'-1' if signed else '0'}..1, not {value.shape} in "
             f"{value.min():.3g}..{value.max():.3g}; ClassMaps.heatmaps gives such; signed maps need signed=True"
         )
-    value = value.clip(-1, 1)
     color = mpl.colormaps[SIGNED if signed else HEAT](value / 2 + 0.5 if signed else value)[..., :3]
     grey = to_pixels(image).mean(2, keepdims=True)
     weight = 0.65 * np.sqrt(np.abs(value))[..., None]
@@ -81,7 +82,7 @@ def image_grid(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: 
     figure, axes = plt.subplots(rows, columns, figsize=(cell * columns, high * rows + 0.4), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, picture, text in zip(axes.flat, images, titles, strict=False):
+    for axis, (picture, text) in zip(axes.flat, zip(images, titles, strict=True), strict=False):
         axis.imshow(picture, cmap="gray" if picture.ndim == 2 else None)
         axis.set_title(text, loc="center")
     return figure
@@ -117,7 +118,8 @@ def comparison(axis: Axes, values: Mapping[str, tuple[float, float, float]], *, 
     for i, (value, low, high) in enumerate(values.values()):
         axis.barh(i, value, color=COLORS[0], alpha=0.75, height=0.65)
         axis.plot([low, high], [i, i], color="black", linewidth=1.5)
-        number = axis.annotate(f"{value:.3f}", (high, i), xytext=(5, 0), textcoords="offset points")
+        end = np.fmax(value, high)  # of one value there is no interval
+        number = axis.annotate(f"{value:.3f}", (end, i), xytext=(5, 0), textcoords="offset points")
         number.set(va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the lines
     axis.set_yticks(range(len(values)), values)
     axis.invert_yaxis()

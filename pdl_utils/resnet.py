@@ -44,17 +44,22 @@ class PretrainedNetwork:
     std: Sequence[float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
+        if [len(self.mean), len(self.std)] != [3, 3] or max(*self.mean, *self.std) > 1 or min(self.std) <= 0:
+            raise ValueError("mean and std are of three colours in 0..1, not in 0..255")
         self.model.eval().categories = self.categories
+        self.resize = max(self.resize, self.size)  # a smaller photograph would get a black frame
+        self.interpolation = TF.InterpolationMode(self.interpolation)  # by its name
 
     def crop(self, photos: Sequence[Image.Image]) -> Tensor:
         """Photographs of any size and kind → uint8 (N, 3, size, size): what the network will see, to be shown."""
-        how = TF.InterpolationMode(self.interpolation)
-        small = [TF.resize(to_rgb(photo), [self.resize], how, antialias=True) for photo in photos]
+        how = {"interpolation": self.interpolation, "antialias": True}
+        small = [TF.resize(to_rgb(photo), [self.resize], **how) for photo in photos]
         return torch.stack([TF.pil_to_tensor(TF.center_crop(photo, [self.size])) for photo in small])
 
     def preprocess(self, crops: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) → the standardised float batch that `model` takes, on its device."""
-        return normalize(crops.to(next(self.model.parameters()).device), self.mean, self.std)
+        weight = next(self.model.parameters())
+        return normalize(crops.to(weight.device), self.mean, self.std).to(weight.dtype)
 
     @torch.no_grad()
     def logits(self, crops: Tensor) -> Tensor:
@@ -100,9 +105,9 @@ def users_network(arch: str, file: Path) -> PretrainedNetwork:
         weights, facts = read_weights(file)
         model = get_model(arch, num_classes=len(facts["categories"]))
         model.load_state_dict(weights)
-        colours = [*facts.get("mean", IMAGENET_MEAN), *facts.get("std", IMAGENET_STD)]
-        if len(colours) != 6 or max(colours) > 1:
-            raise ValueError("mean and std are of three colours in 0..1, not in 0..255")
+        given = {name: facts[name] for name in ("resize", "size", "interpolation", "mean", "std") if name in facts}
+        origin = with_notice(f"{arch} weights", facts.get("source", f"the file weights/{file.name}"), file.parent)
+        network = PretrainedNetwork(model, facts["categories"], origin, **given)
     except (CorruptCheckpoint, RuntimeError, KeyError, TypeError, ValueError) as error:
         problem = "it names no categories" if isinstance(error, KeyError) else shorten(str(error), 400)
         raise UnfitWeights(
@@ -111,10 +116,8 @@ def users_network(arch: str, file: Path) -> PretrainedNetwork:
         ) from error
     if "transform_input" in facts:
         model.transform_input = facts["transform_input"]
-    origin = with_notice(f"{arch} weights", facts.get("source", f"the file weights/{file.name}"), file.parent)
     tell(origin)
-    given = {name: facts[name] for name in ("resize", "size", "interpolation", "mean", "std") if name in facts}
-    return PretrainedNetwork(model, facts["categories"], origin, **given)
+    return network
 
 
 def official_network(arch: str) -> PretrainedNetwork:

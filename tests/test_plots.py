@@ -25,6 +25,9 @@ def test_an_overlay_is_grey_without_evidence_and_its_colours_depend_on_what_it_i
     for wrong in (against, 2 * heat, heat / 0, torch.ones(2, 2)):
         with pytest.raises(ValueError, match=r"heat must be \(4, 4\) in 0\.\.1"):
             plots.overlay(GREY, wrong)
+    for wrong in (GREY.float(), GREY - 201.0):  # floats in 0..255; standardised
+        with pytest.raises(ValueError, match=r"an image is uint8, or float in 0\.\.1, not in"):
+            plots.overlay(wrong, heat)
 
 
 def test_figures_are_drawn_and_can_be_read():
@@ -33,6 +36,8 @@ def test_figures_are_drawn_and_can_be_read():
     pictures, titles = [np.zeros((4, 4, 3))] * 6, ["a very long title of one picture"] * 6
     grid = plots.image_grid(pictures, titles, columns=6)
     assert grid.get_tightbbox().width <= plots.WIDEST + 0.1
+    with pytest.raises(ValueError, match="shorter"):  # titles would stand under the wrong pictures
+        plots.image_grid(pictures, titles[1:], columns=6)
     assert all(text.get_fontsize() >= 9 for text in grid.findobj(Text) if text.get_text())
     _, (left, right) = plt.subplots(1, 2)
     series = {"one": [1, 2], "three runs": [[1, 2], [2, 3], [3, 4]]}

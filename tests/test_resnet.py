@@ -99,7 +99,7 @@ def test_weights_bring_what_torchvision_changes_in_the_network_for_them(serve):
 
 def test_photographs_are_laid_on_white_before_they_are_cut():
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    assert (PretrainedNetwork(nn.Identity(), [], ORIGIN, 8, 8).crop([clear]) == 255).all()
+    assert (PretrainedNetwork(nn.Identity(), [], ORIGIN, 4, 8).crop([clear]) == 255).all()  # no frame around it
 
 
 # A file of the user's own
@@ -121,18 +121,22 @@ def test_weights_of_ones_own_come_first(file_server, fresh_data, capsys):
     network = torchvision_network("mobilenet_v3_small")
     assert file_server.requests == 0
     assert network.categories == ["jay", "hen", "owl"]
-    assert (network.resize, network.size, network.interpolation) == (256, 64, "bicubic")
+    assert (network.resize, network.size, network.interpolation.value) == (256, 64, "bicubic")
     assert network.provenance.real
     assert capsys.readouterr().out == "mobilenet_v3_small weights: mine, 3 birds\n"
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     torch.testing.assert_close(network.preprocess(pixels), pixels / 255)
     torch.testing.assert_close(network.logits(pixels), mine(pixels / 255).detach(), atol=0.01, rtol=0.01)
+    network.model.half()
+    assert network.logits(pixels).dtype == torch.half
 
 
 MISFITS = [
     ({}, "it names no categories"),
     ({"categories": ["a", "b"]}, "size mismatch for fc.weight"),
     ({"categories": THOUSAND, "mean": [123.7, 116.3, 103.5]}, "not in 0..255"),
+    ({"categories": THOUSAND, "interpolation": "best"}, "'best' is not a valid InterpolationMode"),
+    ({"categories": THOUSAND, "size": "224"}, "not supported between"),
 ]
 
 

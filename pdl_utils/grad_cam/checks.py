@@ -1,6 +1,6 @@
 """What would give a wrong map without a sign is refused here, with what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,21 @@ def finite(values: Tensor, what: str) -> Tensor:
     return values
 
 
+def plain_maps(maps: Tensor) -> Tensor:
+    """Maps (N, h, w) as finite float32; ValueError where they are something else."""
+    if maps.ndim != 3:
+        raise ValueError(f"maps must be (N, h, w), one an image, not {_kind(maps)}; of (N, K, h, w) take [:, k]")
+    return finite(maps, "maps").float()
+
+
+def boxes_in(size: Sequence[int], boxes: Tensor) -> Tensor:
+    """`boxes`; ValueError where one is not x0, y0, x1, y1 in pixels of an image of this height and width."""
+    (height, width), (x0, y0, x1, y1) = size, boxes.unbind(1)
+    if not ((x0 >= 0) & (x0 <= x1) & (x1 <= width) & (y0 >= 0) & (y0 <= y1) & (y1 <= height)).all():
+        raise ValueError(f"boxes must be x0, y0, x1, y1 in pixels of {height}×{width}, not {boxes[:4].tolist()}")
+    return boxes
+
+
 def float_batch(images: Tensor) -> Tensor:
     """A copy of images (N, C, H, W) without history; ValueError where they are no batch of floats."""
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images) or not images.is_floating_point():
@@ -33,9 +48,17 @@ def class_scores(model: nn.Module, images: Tensor) -> Tensor:
         remedy = "wrap it in a module whose forward picks that, as in `return self.model(images)['logits']`"
         raise ValueError(f"the model must return one tensor (N, classes), not {_kind(scores)}; {remedy}")
     values = finite(scores.detach(), "the model's scores")
-    if values.shape[1] > 1 and (values >= 0).all() and ((values.sum(1) - 1).abs() < 1e-3).all():
-        raise ValueError("the model ends in a softmax; a map explains the score before it: leave it out")
+    softmax = values.shape[1] > 1 and (values >= 0).all() and ((values.sum(1) - 1).abs() < 1e-3).all()
+    if softmax or "Sigmoid" in type(scores.grad_fn).__name__:
+        raise ValueError("the model ends in a softmax or sigmoid; leave it out: maps explain the score before it")
     return scores
+
+
+def probabilities(logits: Tensor, classes: Tensor) -> Tensor:
+    """Softmax of logits (N, C) at classes (N, K): (N, K); ValueError for a network with one logit."""
+    if logits.shape[1] == 1:
+        raise ValueError("the softmax of one logit is always 1; of a yes-or-no network take logits.sigmoid()")
+    return logits.softmax(1).gather(1, classes)
 
 
 def choose_classes(logits: Tensor, classes: Classes, top_k: int = 1, categories: Sequence[str] = ()) -> Tensor:
@@ -45,8 +68,8 @@ def choose_classes(logits: Tensor, classes: Classes, top_k: int = 1, categories:
         if not 1 <= top_k <= count:
             raise ValueError(f"top_k={top_k}, but the network has {count} classes")
         return logits.topk(top_k).indices
-    chosen = classes if isinstance(classes, Tensor) else np.asarray(classes)
-    if isinstance(chosen, np.ndarray) and chosen.dtype.kind == "U":
+    chosen = classes if isinstance(classes, Tensor) else np.array(classes)
+    if isinstance(chosen, np.ndarray) and chosen.dtype.kind in "UO":
         chosen = np.reshape([find_class(str(name), categories) for name in chosen.flat], chosen.shape)
     chosen = torch.as_tensor(chosen, device=logits.device)
     chosen = chosen.expand(n) if chosen.ndim == 0 else chosen
@@ -64,21 +87,31 @@ def choose_classes(logits: Tensor, classes: Classes, top_k: int = 1, categories:
     return chosen
 
 
-def feature_maps(seen: Tensor | None, name: str, size: Sequence[int], channels_last: bool | None) -> Tensor:
-    """What was recorded of a layer; ValueError where it cannot be feature maps of images of this size."""
-    if seen is None:
-        raise ValueError(f"layer {name!r} takes no part in the forward pass")
-    cells = seen.shape[1:3] if channels_last else seen.shape[2:]
-    fits = seen.ndim == 4 and cells.numel() > 1
-    if fits and channels_last is not False:  # convolutions without padding may take two cells of a side
-        fits = abs(size[0] * cells[1] - size[1] * cells[0]) <= 2 * sum(size)
-    if not fits:
-        raise ValueError(
-            f"layer {name!r} gives {tuple(seen.shape)}, which cannot be "
-            f"{'(N, h, w, C)' if channels_last else '(N, C, h, w)'} of images of {size[0]}×{size[1]} in more than "
-            "one cell: choose an earlier layer; or channels_last=True for (N, h, w, C), False for any proportions"
-        )
-    return seen
+def feature_maps(
+    seen: Mapping[str, Tensor | None], model: nn.Module, shape: Sequence[int], channels_last: bool | None = None
+) -> dict[str, Tensor]:
+    """What was recorded of layers; ValueError where it need not be feature maps of images of this shape."""
+    for name, found in seen.items():
+        if found is None:
+            raise ValueError(f"layer {name!r} takes no part in the forward pass")
+        fits = found.ndim == 4 and len(found) == shape[0]
+        if fits:
+            first, last = in_proportion(found.shape[2:], shape[-2:]), in_proportion(found.shape[1:3], shape[-2:])
+            mixed = last and any(type(m) is nn.LayerNorm for m in model.modules())  # Swin: which of both is it?
+            fits = {None: first and not mixed, True: last, False: found.shape[2:].numel() > 1}[channels_last]
+        if not fits:
+            kind = f"{'(N, h, w, C)' if channels_last else '(N, C, h, w)'} of images {tuple(shape)}"
+            raise ValueError(
+                f"layer {name!r} gives {tuple(found.shape)}; it need not be {kind} in more than one cell: choose an "
+                "earlier layer; or channels_last=True for (N, h, w, C), or False for any proportions"
+            )
+    return dict(seen)
+
+
+def in_proportion(cells: Sequence[int], size: Sequence[int]) -> bool:
+    """Are these more cells than one, in the proportions of an image? Without padding a side may lack two cells."""
+    (rows, columns), (height, width) = cells, size
+    return rows * columns > 1 and abs(height * columns - width * rows) <= 2 * (height + width)
 
 
 def _kind(thing: object) -> str:

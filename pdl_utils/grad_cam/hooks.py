@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """The layer of this name in `model.named_modules()`; ValueError with similar names if there is none."""
-    layers = dict(model.named_modules())
+    layers = dict(model.named_modules(remove_duplicate=False))
     if name not in layers:
         similar = [known for known, layer in layers.items() if layer is name]  # the layer was given, not its name
         similar = similar or get_close_matches(str(name), layers, n=5, cutoff=0.5) or list(layers)[1:9]
@@ -55,7 +55,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.eval()
+        for module, _ in modes:  # model.eval() may do more, as merge LoRA, that is not undone below
+            module.training = False
         for parameter in trainable:
             parameter.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad():

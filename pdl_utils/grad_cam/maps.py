@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pdl_utils.grad_cam.checks import Classes, choose_classes, class_scores, feature_maps, finite, float_batch
+from pdl_utils.grad_cam import checks
+from pdl_utils.grad_cam.checks import Classes
 from pdl_utils.grad_cam.hooks import evaluating, record_activations
 from pdl_utils.images import resize
 from pdl_utils.plots import image_grid, overlay, to_pixels
@@ -32,9 +33,7 @@ class ClassMaps:
     @property
     def probabilities(self) -> Tensor:
         """Softmax of the logits at the explained classes, (N, K); ValueError for a network with one logit."""
-        if self.logits.shape[1] == 1:
-            raise ValueError("the softmax of one logit is always 1; of a yes-or-no network take logits.sigmoid()")
-        return self.logits.softmax(1).gather(1, self.classes)
+        return checks.probabilities(self.logits, self.classes)
 
     def heatmaps(self, layer: str | None = None) -> Tensor:
         """The maps of a layer, of the first if None, to lay over the images: (N, K, H, W), each divided by its
@@ -61,9 +60,9 @@ def grad_cam(
             images; False: (N, C, h, w) of any.
     """
     with evaluating(model), record_activations(model, layers) as seen:
-        logits, size = class_scores(model, float_batch(images)), tuple(images.shape[-2:])
-        classes = choose_classes(logits, classes, top_k, getattr(model, "categories", ()))
-        activations = {name: feature_maps(seen[name], name, size, channels_last) for name in seen}
+        logits, size = checks.class_scores(model, checks.float_batch(images)), tuple(images.shape[-2:])
+        classes = checks.choose_classes(logits, classes, top_k, getattr(model, "categories", ()))
+        activations = checks.feature_maps(seen, model, images.shape, channels_last)
         gradients = class_gradients(logits, classes, activations)
     maps = {}
     for name, activation in activations.items():
@@ -72,19 +71,19 @@ def grad_cam(
             activation, gradient = activation.movedim(-1, 1), gradient.movedim(-1, 2)
         alpha = gradient.mean((3, 4))  # (N, K, channels), equation 1
         summed = torch.einsum("nkc,nchw->nkhw", alpha, activation)  # equation 2, but for the ReLU
-        maps[name] = finite(summed if signed else summed.relu(), f"the map of {name!r}")
+        maps[name] = checks.finite(summed if signed else summed.relu(), f"the map of {name!r}")
     return ClassMaps(maps, classes, logits.detach(), size)
 
 
 def explain_photos(
-    network: PretrainedNetwork, photos: Tensor, layers: str | Sequence[str], classes: Tensor, signed: bool = False
+    network: PretrainedNetwork, photos: Tensor, layers: str | Sequence[str], classes: Tensor, **options: bool
 ) -> ClassMaps:
     """`grad_cam` of any number of uint8 (N, 3, H, W), 32 at a time, resized to the network's `size` (of the
     shorter side); what it gives is on the CPU."""
     parts = []
     for some, asked in zip(photos.split(32), classes.split(32), strict=True):
         images = network.preprocess(resize(some, network.size))
-        parts.append(grad_cam(network.model, images, layers, asked, signed=signed))
+        parts.append(grad_cam(network.model, images, layers, asked, **options))
     maps = {name: torch.cat([part.maps[name] for part in parts]).cpu() for name in parts[0].maps}
     chosen, logits = torch.cat([part.classes for part in parts]), torch.cat([part.logits for part in parts])
     return ClassMaps(maps, chosen.cpu(), logits.cpu(), parts[0].size)
@@ -109,17 +108,16 @@ def class_gradients(logits: Tensor, classes: Tensor, inputs: Mapping[str, Tensor
 
 class GuidedReLU(TorchFunctionMode):
     """While active, gradients flow back through a ReLU, module or function, only where they are positive
-    (Springenberg et al. 2014). `met` counts the ReLUs."""
+    (Springenberg et al. 2014). `met` counts these."""
 
     RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
     met = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if func in self.RELUS:
+        if func in self.RELUS and output.requires_grad:
             self.met += 1
-            if output.requires_grad:
-                output.register_hook(lambda gradient: gradient.clamp(min=0))
+            output.register_hook(lambda gradient: gradient.clamp(min=0))
         return output
 
 
@@ -127,13 +125,13 @@ def guided_backprop(model: nn.Module, images: Tensor, classes: Classes = None, *
     """Gradient of class scores with respect to the images, through guided ReLUs: (N, K, C, H, W). Takes what
     `grad_cam` takes. ValueError: the network has no ReLU, and this would be the plain gradient."""
     with evaluating(model):
-        pixels = float_batch(images).requires_grad_()
+        pixels = checks.float_batch(images).requires_grad_()
         with GuidedReLU() as relus:
-            logits = class_scores(model, pixels)
+            logits = checks.class_scores(model, pixels)
         if not relus.met:
             raise ValueError("guided backpropagation needs ReLUs, and this network's forward pass runs none")
-        classes = choose_classes(logits, classes, top_k, getattr(model, "categories", ()))
-        return finite(class_gradients(logits, classes, {"images": pixels})["images"], "the gradient")
+        classes = checks.choose_classes(logits, classes, top_k, getattr(model, "categories", ()))
+        return checks.finite(class_gradients(logits, classes, {"images": pixels})["images"], "the gradient")
 
 
 def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -143,7 +141,7 @@ def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 def scale_to_one(maps: Tensor) -> Tensor:
     """Each map (…, h, w) divided by its largest absolute value; a map of zeros stays zeros."""
-    peak = finite(maps, "maps").abs().amax((-2, -1), keepdim=True)
+    peak = checks.finite(maps, "maps").abs().amax((-2, -1), keepdim=True)
     return maps / peak.where(peak > 0, 1)
 
 

@@ -11,7 +11,7 @@ from scipy.stats import bootstrap, spearmanr
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from pdl_utils.grad_cam.checks import choose_classes, class_scores, finite, float_batch
+from pdl_utils.grad_cam import checks
 from pdl_utils.grad_cam.hooks import evaluating, find_layer, record_activations
 from pdl_utils.grad_cam.maps import enlarge
 
@@ -19,7 +19,7 @@ from pdl_utils.grad_cam.maps import enlarge
 def box_masks(boxes: Tensor, size: Sequence[int], cells: Sequence[int] | None = None) -> Tensor:
     """Boolean (N, h, w): which of the cells (h, w) that an image of `size` is divided into, its pixels if None,
     have their centre inside the box? Boxes: integers (N, 4), x0, y0, x1, y1 in pixels, both ends inside."""
-    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(1)  # pixel i reaches from i to i + 1
+    x0, y0, x1, y1 = checks.boxes_in(size, boxes).unsqueeze(-1).unbind(1)  # pixel i reaches from i to i + 1
     sides = zip(cells or size, size, strict=True)
     y, x = ((torch.arange(n, device=boxes.device) + 0.5) / n * side for n, side in sides)
     rows, columns = (y >= y0) & (y <= y1 + 1), (x >= x0) & (x <= x1 + 1)
@@ -31,7 +31,7 @@ def pointing_game(maps: Tensor, boxes: Tensor, size: Sequence[int] | None = None
     (up to rounding), the share of them that do; 0 for a map without a positive value. Maps (N, h, w) are best at
     the layer's own resolution: enlarged, the outermost cells become plateaus. Boxes as for `box_masks`; `size` is
     that of their image, the maps' own if None."""
-    peak = finite(maps, "maps").amax((1, 2), keepdim=True)
+    peak = checks.plain_maps(maps).amax((1, 2), keepdim=True)
     highest = (maps >= peak * (1 - 1e-5)) & (peak > 0)
     hits = highest & box_masks(boxes, size or maps.shape[-2:], maps.shape[-2:])
     return hits.sum((1, 2)) / highest.sum((1, 2)).clamp(min=1)
@@ -40,14 +40,14 @@ def pointing_game(maps: Tensor, boxes: Tensor, size: Sequence[int] | None = None
 def energy_in_box(maps: Tensor, boxes: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """Share of the map's positive sum that lies in the box, (N,); 0 for a map of zeros. Takes what `pointing_game`
     takes, and enlarges the maps to `size`."""
-    positive = enlarge(finite(maps, "maps").unsqueeze(1), size or maps.shape[-2:]).squeeze(1).clamp(min=0)
+    positive = enlarge(checks.plain_maps(maps).unsqueeze(1), size or maps.shape[-2:]).squeeze(1).clamp(min=0)
     inside = (positive * box_masks(boxes, positive.shape[-2:])).sum((1, 2))
     return inside / positive.sum((1, 2)).clamp(min=torch.finfo(positive.dtype).tiny)
 
 
 def mean_interval(values: Tensor) -> tuple[float, float, float]:
     """Mean of (N,) and both ends of its 95% percentile bootstrap interval; of one value no ends, NaN."""
-    sample = finite(values.double().cpu(), "values").numpy()
+    sample = checks.finite(values.double().cpu(), "values").numpy()
     if len(sample) < 2:
         return float(sample.mean()), float("nan"), float("nan")
     drawn = bootstrap((sample,), np.mean, n_resamples=2000, method="percentile", random_state=0)
@@ -65,13 +65,12 @@ def receptive_fields(model: nn.Module, images: Tensor, layers: Sequence[str]) ->
     that hold 90% of the gradient of that unit, summed over channels, with respect to images (N, C, H, W)."""
     sides = {}
     with evaluating(model), record_activations(model, layers) as seen:
-        pixels = float_batch(images).requires_grad_()
+        pixels = checks.float_batch(images).requires_grad_()
         model(pixels)
-        for layer in layers:
-            rows, columns = seen[layer].shape[-2:]
-            unit = seen[layer][:, :, rows // 2, columns // 2].sum()
+        for layer, cells in checks.feature_maps(seen, model, pixels.shape).items():
+            unit = cells[:, :, cells.shape[2] // 2, cells.shape[3] // 2].sum()
             (gradient,) = torch.autograd.grad(unit, pixels, retain_graph=True)
-            mass = finite(gradient, f"the gradient of {layer!r}").abs().sum((0, 1, 2)).cumsum(0)
+            mass = checks.finite(gradient, f"the gradient of {layer!r}").abs().sum((0, 1, 2)).cumsum(0)
             ends = torch.tensor([0.05, 0.95], device=mass.device) * mass[-1]
             first, last = torch.searchsorted(mass, ends).tolist()
             sides[layer] = float(last - first + 1)
@@ -86,18 +85,19 @@ def insertion_deletion(
     (N, steps + 1) each. Most important first by `maps` (N, H, W), and in random order where they are equal."""
     n, _, height, width = images.shape
     lot = torch.randperm(height * width, generator=torch.Generator().manual_seed(0)).to(images.device)
-    shuffled = finite(maps, "maps").to(images.device).flatten(1)[:, lot]
+    maps = enlarge(checks.plain_maps(maps).unsqueeze(1), (height, width)).to(images.device)
+    shuffled = maps.flatten(1)[:, lot]
     order = lot[shuffled.argsort(dim=1, descending=True, stable=True)]
     rank = order.argsort(dim=1).view(n, 1, height, width)  # 0 for the most important pixel
-    blurred = gaussian_blur(images, 2 * round(3 * blur) + 1, blur)
+    blurred = gaussian_blur(images, 2 * min(round(3 * blur), height - 1, width - 1) + 1, blur)
     followed = []
     with evaluating(model), torch.no_grad():
         for step in range(steps + 1):
             changed = rank < round(step / steps * height * width)
             both = torch.cat([torch.where(changed, images, blurred), images.masked_fill(changed, 0)])
-            scores = class_scores(model, both)
-            chosen = choose_classes(scores, classes.repeat(2))
-            followed.append(scores.softmax(1).gather(1, chosen).view(2, n))
+            scores = checks.class_scores(model, both)
+            chosen = checks.choose_classes(scores, classes.repeat(2))
+            followed.append(checks.probabilities(scores, chosen).view(2, n))
     return dict(zip(("insertion", "deletion"), torch.stack(followed, 2), strict=True))
 
 
@@ -109,7 +109,7 @@ def area(curves: Tensor) -> Tensor:
 def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
     """Spearman's rank correlation between maps (N, h, w) and others (N, h, w), one a pair, (N,) in -1..1; 0 where
     either map is constant and ranks nothing."""
-    first, second = (finite(m, "maps").flatten(1).cpu().numpy() for m in (maps, others))
+    first, second = (checks.plain_maps(m).flatten(1).cpu().numpy() for m in (maps, others))
     pairs = zip(first, second, strict=True)
     return torch.tensor([spearmanr(a, b).statistic if np.ptp(a) and np.ptp(b) else 0.0 for a, b in pairs])
 
@@ -117,9 +117,10 @@ def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
 def hottest_overlap(maps: Tensor, others: Tensor) -> Tensor:
     """Do two maps (N, h, w) mark the same place? Of the pixels in the hottest fifth of either, the part that is in
     both, (N,). Two maps of independent random numbers give 0.11."""
-    both, cells = torch.stack([finite(maps, "maps"), finite(others, "maps")]).flatten(2), maps[0].numel()
+    both, cells = torch.stack([checks.plain_maps(maps), checks.plain_maps(others)]).flatten(2), maps[0].numel()
     marked = both >= both.kthvalue(cells - round(cells / 5) + 1, keepdim=True).values  # (2, N, cells)
-    return marked.all(0).sum(1) / marked.any(0).sum(1)
+    marked &= both > both.amin(2, keepdim=True)  # of a map of zeros but for a few cells, only these
+    return marked.all(0).sum(1) / marked.any(0).sum(1).clamp(min=1)
 
 
 def cascading_randomization(
@@ -129,14 +130,19 @@ def cascading_randomization(
     their modules' own `reset_parameters`. The model and the caller's random numbers stay as they are."""
     randomised = copy.deepcopy(model)
     for position, name in enumerate(layers):
-        drawn = [m for m in find_layer(randomised, name).modules() if hasattr(m, "reset_parameters")]
+        layer = find_layer(randomised, name)
+        drawn = [m for m in layer.modules() if hasattr(m, "reset_parameters")]
         if not drawn:
             raise ValueError(f"layer {name!r} has no weights that can be drawn anew")
+        before = [(p, p.detach().clone()) for p in layer.parameters()]
         with torch.random.fork_rng():
             torch.manual_seed(1000 * seed + position)
             for module in drawn:
                 module.reset_parameters()
-        yield name, randomised
+            for weight, old in before:  # attention, weight norm and pruning have some that nothing resets
+                if torch.equal(weight, old):
+                    nn.init.normal_(weight, old.mean().item(), old.std(correction=0).item())
+        yield name, copy.deepcopy(randomised)
 
 
 def randomization_check(

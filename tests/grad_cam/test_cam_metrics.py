@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pdl_utils import grad_cam as cams
-from pdl_utils.grad_cam import metrics
+from pdl_utils.grad_cam import checks
 
 BOX = torch.tensor([[2, 3, 5, 6]])  # columns 2..5, rows 3..6
 
@@ -67,6 +67,19 @@ def test_what_is_not_finite_is_an_error_and_not_a_miss():
             measure()
 
 
+def test_maps_and_boxes_of_another_kind_are_refused():
+    maps, boxes, images = torch.rand(2, 8, 8), BOX.expand(2, 4), torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"one an image, not Tensor \(2, 1, 8, 8\)"):
+        cams.pointing_game(maps[:, None], boxes)
+    for wrong in (boxes * 16, torch.tensor([[5, 5, 2, 2]])):  # of a larger image; width and height for corners
+        with pytest.raises(ValueError, match="in pixels of 8×8"):
+            cams.energy_in_box(maps, wrong)
+    with pytest.raises(ValueError, match="one logit is always 1"):
+        cams.insertion_deletion(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), images, maps, torch.tensor([0, 0]))
+    half = (20 * maps).half()  # in half precision their sum would overflow
+    torch.testing.assert_close(cams.energy_in_box(half, boxes), cams.energy_in_box(half.float(), boxes))
+
+
 # Numbers of maps
 
 
@@ -85,6 +98,8 @@ def test_rank_correlation_and_overlap_of_the_hottest_fifth():
     assert ranked.tolist() == pytest.approx([1, -1, 0])
     found = cams.hottest_overlap(a.expand(3, 10, 10), torch.cat([a * 2, -a, a.roll(1, 1)]))
     torch.testing.assert_close(found, torch.tensor([1, 0, 10 / 30]))  # the last has one row of two in both
+    apart = torch.stack([point(0, 0), point(7, 7)])
+    assert cams.hottest_overlap(apart, apart.flip(0)).tolist() == [0, 0]  # zeros are not among the hottest
 
 
 def test_a_receptive_field_is_as_wide_as_the_kernels_reach_without_their_faint_edges():
@@ -130,11 +145,14 @@ def test_randomisation_goes_down_from_the_top_and_leaves_the_model_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state, changed = torch.get_rng_state(), {}
-    for layer, randomised in cams.cascading_randomization(model, ["3", "0"]):
+    for layer, randomised in dict(cams.cascading_randomization(model, ["3", "0"])).items():
         changed[layer] = [n for n, v in randomised.state_dict().items() if not torch.equal(v, before[n])]
     assert changed == {"3": ["3.weight", "3.bias"], "0": ["0.weight", "0.bias", "3.weight", "3.bias"]}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are not disturbed
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(4, 1)})  # `reset_parameters` leaves half of its weights
+    _, randomised = next(cams.cascading_randomization(attention, ["a"]))
+    assert not torch.equal(randomised["a"].in_proj_weight, attention["a"].in_proj_weight)
     with pytest.raises(ValueError, match="layer '2' has no weights"):
         next(cams.cascading_randomization(model, ["2"]))
 
@@ -156,9 +174,10 @@ def test_a_map_of_the_network_forgets_under_randomisation_and_a_map_of_the_image
 
 
 def test_measures_run_on_a_fake_gpu(monkeypatch):
-    monkeypatch.setattr(metrics, "finite", lambda values, what: values)  # a fake tensor has no values to look at
-    monkeypatch.setattr(metrics, "class_scores", lambda model, images: model(images))
-    monkeypatch.setattr(metrics, "choose_classes", lambda logits, classes: classes.unsqueeze(1))
+    monkeypatch.setattr(checks, "finite", lambda values, what: values)  # a fake tensor has no values to look at
+    monkeypatch.setattr(checks, "boxes_in", lambda size, boxes: boxes)
+    monkeypatch.setattr(checks, "class_scores", lambda model, images: model(images))
+    monkeypatch.setattr(checks, "choose_classes", lambda logits, classes: classes.unsqueeze(1))
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         maps, boxes, images = torch.rand(2, 8, 8), torch.zeros(2, 4, dtype=torch.long), torch.randn(2, 3, 8, 8)
         curves = cams.insertion_deletion(PixelSum(), images, maps, torch.tensor([0, 1]), steps=2, blur=1.0)

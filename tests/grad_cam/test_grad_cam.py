@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from captum.attr import GuidedBackprop, LayerGradCam
@@ -62,9 +63,9 @@ def test_maps_are_captums(resnet, images, layer):
 def test_layers_that_give_channels_last_are_captums_on_the_permuted_layer(arch, layer):
     torch.manual_seed(0)
     model, x, classes = get_model(arch, num_classes=10).eval().double(), torch.randn(2, 3, 96, 64).double(), [3, 7]
-    with pytest.raises(ValueError, match=r"cannot be \(N, C, h, w\) of .* channels_last=True"):
+    with pytest.raises(ValueError, match=r"it need not be \(N, C, h, w\) of .* channels_last=True"):
         grad_cam(model, x, layer, classes)
-    with pytest.raises(ValueError, match=r"cannot be \(N, h, w, C\)"):
+    with pytest.raises(ValueError, match=r"need not be \(N, h, w, C\)"):
         grad_cam(model, x, "features.0.0", classes, channels_last=True)
     maps = grad_cam(model, x, layer, classes, channels_last=True).maps[layer]
     assert maps.shape == (2, 1, 3, 2)
@@ -108,7 +109,8 @@ def test_ways_to_name_classes():
     several, model = [[0, 1], [2, 3], [4, 0]], tiny_net().eval()
     model.categories = [f"bird {i}" for i in range(5)]
     ways = [(0, [[0]] * 3), ([0, 1, 2], [[0], [1], [2]]), (torch.tensor(several, dtype=torch.uint8), several),
-            ("bird 4", [[4]] * 3), (["bird 4", "Bird 0", "bird 3"], [[4], [0], [3]])]  # fmt: skip
+            ("bird 4", [[4]] * 3), (["bird 4", "Bird 0", "bird 3"], [[4], [0], [3]]),
+            (np.array([[1, 0], [3, 2], [0, 4]])[:, ::-1], several)]  # fmt: skip
     for classes, expected in ways:
         cam = grad_cam(model, torch.randn(3, 3, 8, 8), "2", classes)
         assert cam.classes.tolist() == expected
@@ -168,10 +170,12 @@ def test_guided_backprop_is_captums(functional):
     torch.testing.assert_close(guided[:, 0], expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("activation", [nn.SiLU(inplace=True), nn.GELU(), nn.Hardswish()])
-def test_guided_backprop_without_a_relu_is_refused(activation):
+@pytest.mark.parametrize("change", [nn.Identity(), lambda y: y + torch.ones(5).relu()], ids=["none", "aside"])
+def test_guided_backprop_without_a_relu_on_the_way_is_refused(change):
+    model = Changed(change)
+    model.net = tiny_net(activation=nn.SiLU(inplace=True))
     with pytest.raises(ValueError, match="guided backpropagation needs ReLUs"):
-        guided_backprop(tiny_net(activation=activation), X, 3)
+        guided_backprop(model, X, 3)
 
 
 # What a caller may get wrong
@@ -190,12 +194,20 @@ class Changed(nn.Module):
         return self.change(self.net(x) + self.aside(x).mean().detach())
 
 
+class Twice(Changed):
+    """Scores of the images and of their mirror images."""
+
+    def forward(self, x):
+        return sum(self.net(torch.cat([x, x.flip(3)])).chunk(2))
+
+
+MIXED = nn.Sequential(nn.Conv2d(3, 8, 1), nn.LayerNorm(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 NET, X, ONE_HOT = Changed(), torch.randn(2, 3, 8, 8), nn.functional.one_hot(torch.tensor([3, 4]), 5)
 MISTAKES = [
     ({"layers": "net.O"}, "no layer named 'net.O'; did you mean net.6"),
     ({"layers": NET.net}, "no layer named 'Sequential.* did you mean net[?]"),
-    ({"layers": "net.5", "channels_last": True}, r"'net.5' gives \(2, 4\), .* more than one cell"),
-    ({"layers": "net.4"}, r"'net.4' gives \(2, 4, 1, 1\), .* more than one cell"),
+    ({"layers": "net.5", "channels_last": True}, r"'net.5' gives \(2, 4\); .* more than one cell"),
+    ({"layers": "net.4"}, r"'net.4' gives \(2, 4, 1, 1\); .* more than one cell"),
     ({"layers": []}, "name at least one layer"),
     ({"layers": "spare"}, "'spare' takes no part"),
     ({"layers": ["net.0", "aside"]}, "no gradient leads from the scores to aside: "),
@@ -211,6 +223,9 @@ MISTAKES = [
     ({"model": Changed(lambda y: (y, y))}, "one tensor .* not a tuple; wrap it"),
     ({"model": Changed(lambda y: y[:, 0])}, r"not Tensor \(2,\)"),
     ({"model": Changed(lambda y: y.softmax(1))}, "ends in a softmax"),
+    ({"model": Changed(lambda y: y.sigmoid())}, "ends in a softmax or sigmoid"),
+    ({"model": MIXED, "layers": "0"}, r"gives \(2, 8, 8, 8\); it need not be \(N, C, h, w\)"),
+    ({"model": Twice(), "layers": "net.2"}, r"gives \(4, 4, 8, 8\)"),
     ({"model": Changed(lambda y: y.detach())}, "no gradient leads from the scores to (net.0|images)"),
 ]
 
@@ -264,7 +279,7 @@ def test_nothing_is_saved_for_the_layers_before_the_first_explained_one(resnet, 
 
 
 def test_everything_but_the_gradients_runs_on_a_fake_gpu(monkeypatch):
-    monkeypatch.setattr(cams.maps, "finite", lambda values, what: values)  # a fake tensor has no values
+    monkeypatch.setattr(cams.checks, "finite", lambda values, what: values)  # a fake tensor has no values
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         model = tiny_net().eval()
         with record_activations(model, "1") as seen:
