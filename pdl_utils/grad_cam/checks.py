@@ -102,8 +102,8 @@ def feature_maps(
         if not fits:
             kind = f"{'(N, h, w, C)' if channels_last else '(N, C, h, w)'} of images {tuple(shape)}"
             raise ValueError(
-                f"layer {name!r} gives {tuple(found.shape)}; it need not be {kind} in more than one cell: choose an "
-                "earlier layer; or channels_last=True for (N, h, w, C), or False for any proportions"
+                f"layer {name!r} gives {tuple(found.shape)}; it need not be {kind} in more than one cell: choose "
+                "an earlier layer; or channels_last=True for (N, h, w, C), or False for any proportions"
             )
     return dict(seen)
 
