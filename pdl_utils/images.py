@@ -22,7 +22,7 @@ def check_images(images: Tensor) -> None:
         remedy = "floats in 0..1 become that by (255 * images).round().to(torch.uint8)"
         raise TypeError(f"images must be a tensor of uint8 in 0..255, not {kind}; {remedy}")
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        remedy = "one image: image[None]; channels last: images.permute(0, 3, 1, 2)"
+        remedy = "one image: image[None]; grey: images[:, None]; channels last: images.permute(0, 3, 1, 2)"
         raise ValueError(f"images must be (N, 3, H, W), grey ones (N, 1, H, W), not {(*images.shape,)}; {remedy}")
 
 
@@ -44,10 +44,9 @@ def to_uint8(pixels: Tensor) -> Tensor:
 def height_and_width(images: Tensor, size: Size | None) -> tuple[int, int]:
     """What `size` means for these images; None: as they are."""
     height, width = images.shape[-2:]
-    if isinstance(size, int):
-        shorter = min(height, width)
-        return size * height // shorter, size * width // shorter
-    return size or (height, width)
+    if size is None or isinstance(size, Sequence):
+        return size or (height, width)
+    return size * height // min(height, width), size * width // min(height, width)
 
 
 def resize(images: Tensor, size: Size | None) -> Tensor:
@@ -197,15 +196,19 @@ def outputs(model: nn.Module, images: Tensor, size: Size | None = None, batch: i
     """What a network in eval mode gives for uint8 images (N, C, H, W), resized to `size`: logits, or features, on
     its device, always computed in float32, `batch` images at a time."""
     check_images(images)
-    if model.training:
-        raise ValueError("the model is in train mode, batch norm would look at the batch; call model.eval() first")
-    device = next(model.parameters()).device
+    if any(module.training for module in model.modules()):
+        raise ValueError("a part of the model is in train mode (batch norm, dropout); call model.eval() first")
+    device = next(model.parameters(), images).device
     with torch.autocast(device.type, enabled=False):
         return torch.cat([model(normalize(resize(some.to(device), size))) for some in images.split(batch)])
 
 
 def share_right(logits: Tensor, labels: Tensor) -> float:
-    """Share of the rows (N, classes) whose largest entry is that of their label (N,)."""
+    """Share of the rows (N, classes) whose largest entry is that of their label (N,). ValueError: they are not."""
+    fit = logits.ndim == 2 and logits.shape[1] > 1 and labels.shape == logits.shape[:1] and len(labels) > 0
+    if not fit or logits.isnan().any():
+        shapes = f"{(*logits.shape,)} and {(*labels.shape,)}"
+        raise ValueError(f"scores must be (N, classes) without NaN, and labels (N,); they are {shapes}")
     return (logits.argmax(1).cpu() == labels.cpu()).float().mean().item()
 
 

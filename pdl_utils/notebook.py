@@ -1,7 +1,6 @@
 """What a notebook shows: how it was run, figures, tables, findings and results."""
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,7 +112,8 @@ class Run:
         plt.close(figure)
         display(Image(drawn.getvalue(), format=kind, alt=alt or words_in(figure)))
         if self.full:
-            path = settings.REPOSITORY / (os.environ.get("PDL_FIGURES") or "build/figures") / f"{name}.{kind}"
+            folder = Path(settings.variable("PDL_FIGURES") or "build/figures").expanduser()
+            path = settings.REPOSITORY / folder / f"{name}.{kind}"
             try:
                 settings.save_atomically(lambda place: place.write_bytes(drawn.getvalue()), path)
             except OSError as error:  # the figure is in the notebook all the same

@@ -41,11 +41,11 @@ def use_style() -> None:
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """(3, H, W), uint8 or float in 0..1 → (H, W, 3) float in 0..1. ValueError: it is of another kind."""
+    """(3, H, W), or grey (1, H, W), uint8 or float in 0..1 → (H, W, 3) float in 0..1. ValueError: another kind."""
     pixels = image.detach().cpu().float() / (255 if image.dtype == torch.uint8 else 1)
     if not ((pixels > -0.01) & (pixels < 1.01)).all():
         raise ValueError(f"an image is uint8, or float in 0..1, not in {pixels.min():.3g}..{pixels.max():.3g}")
-    return pixels.permute(1, 2, 0).clamp(0, 1).numpy()
+    return pixels.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy()
 
 
 def overlay(image: Tensor, heat: Tensor, signed: bool = False) -> np.ndarray:

@@ -21,7 +21,7 @@ from pdl_utils.datasets.photos import to_rgb
 from pdl_utils.datasets.sources import Provenance, obtain, reading, tell, with_notice
 from pdl_utils.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from pdl_utils.settings import data_root, flag
-from pdl_utils.weights import CHECKPOINTS, CorruptCheckpoint, load_weights, read_weights, sha256
+from pdl_utils.weights import CHECKPOINTS, load_weights, read_weights, sha256
 
 
 class UnfitWeights(RuntimeError):
@@ -44,7 +44,8 @@ class PretrainedNetwork:
     std: Sequence[float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if [len(self.mean), len(self.std)] != [3, 3] or max(*self.mean, *self.std) > 1 or min(self.std) <= 0:
+        fit = len(self.mean) == len(self.std) == 3 and 0 not in self.std
+        if not fit or not all(0 <= value <= 1 for value in [*self.mean, *self.std]):
             raise ValueError("mean and std are of three colours in 0..1, not in 0..255")
         self.model.eval().categories = self.categories
         self.resize = max(self.resize, self.size)  # a smaller photograph would get a black frame
@@ -90,7 +91,8 @@ def torchvision_network(arch: str, device: torch.device | str = "cpu") -> Pretra
         similar = get_close_matches(arch, known) or known
         raise ValueError(f"torchvision has no classifier {arch!r}; did you mean {', '.join(similar)}?")
     file = data_root() / "weights" / f"{arch}.safetensors"
-    network = users_network(arch, file) if file.exists() else official_network(arch)
+    mine = file.exists() or file.is_symlink()
+    network = users_network(arch, file) if mine else official_network(arch)
     network.model.to(device, memory_format=torch.channels_last)
     return network
 
@@ -103,19 +105,26 @@ def users_network(arch: str, file: Path) -> PretrainedNetwork:
     `source`, `resize`, `size`, `interpolation`, `mean`, `std` and `transform_input`."""
     try:
         weights, facts = read_weights(file)
+        if type(facts["categories"]) is not list or not all(
+            weight.isfinite().all() for weight in weights.values()
+        ):
+            raise ValueError("`categories` must be a list of names, and no weight NaN or infinite")
         model = get_model(arch, num_classes=len(facts["categories"]))
-        model.load_state_dict(weights)
+        heads = {name: value for name, value in model.state_dict().items() if "aux" in name.lower()}
+        model.load_state_dict(heads | weights)  # heads that only training uses may be left out
         given = {name: facts[name] for name in ("resize", "size", "interpolation", "mean", "std") if name in facts}
         origin = with_notice(f"{arch} weights", facts.get("source", f"the file weights/{file.name}"), file.parent)
         network = PretrainedNetwork(model, facts["categories"], origin, **given)
-    except (CorruptCheckpoint, RuntimeError, KeyError, TypeError, ValueError) as error:
+        if "transform_input" in facts:
+            model.transform_input = facts["transform_input"]
+        network.classes_of(network.categories)
+        network.logits(network.crop([Image.new("RGB", (8, 8))]))
+    except Exception as error:  # facts can be wrong in all kinds of ways
         problem = "it names no categories" if isinstance(error, KeyError) else shorten(str(error), 400)
         raise UnfitWeights(
             f"{file} does not fit {arch}: {problem}. Write it anew as data/checkpoints/README.md says, "
             "with a category for each output of the last layer, or remove it to use torchvision's weights."
         ) from error
-    if "transform_input" in facts:
-        model.transform_input = facts["transform_input"]
     tell(origin)
     return network
 

@@ -12,10 +12,15 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def variable(name: str) -> str:
+    """The environment variable `name`, without the quotes that Jupyter's %env keeps; "" where it is not set."""
+    return os.environ.get(name, "").strip(" \t\r\n\"'")
+
+
 def get_profile(name: str | None = None) -> tuple[str, str]:
     """`fast` (a laptop's CPU, minutes) or `full` (a GPU, or patience), and why: as `name` says, or `PDL_PROFILE`,
     or `full` where a GPU is found. ValueError: it is neither `fast` nor `full`."""
-    asked = os.environ.get("PDL_PROFILE", "")
+    asked = variable("PDL_PROFILE")
     chosen = (name or asked).strip().lower()
     if chosen in ("fast", "full"):
         return chosen, "chosen here" if name else f"PDL_PROFILE={asked}"
@@ -29,7 +34,7 @@ def get_profile(name: str | None = None) -> tuple[str, str]:
 def pick_device() -> torch.device:
     """The device experiments run on: `PDL_DEVICE` if set, else CUDA where found, else the CPU.
     ValueError: `PDL_DEVICE` names no torch device, or one that is not on this machine."""
-    name = os.environ.get("PDL_DEVICE", "").strip() or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = variable("PDL_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -63,12 +68,12 @@ def seed_everything(seed: int) -> None:
 
 def flag(name: str, default: str = "0") -> bool:
     """Is the environment variable `name` on? 0, false, no and off are not; empty or unset means `default`."""
-    return (os.environ.get(name, "").strip().lower() or default) not in ("0", "false", "no", "off")
+    return (variable(name).lower() or default) not in ("0", "false", "no", "off")
 
 
 def data_root() -> Path:
     """The folder of data and kept trainings: `PDL_DATA`, from the checkout if it is relative; else its `data/`."""
-    return REPOSITORY / Path(os.environ.get("PDL_DATA", "").strip() or "data").expanduser()
+    return REPOSITORY / Path(variable("PDL_DATA") or "data").expanduser()
 
 
 def save_atomically(write: Callable[[Path], object], path: Path) -> None:

@@ -34,7 +34,7 @@ def digest_lines(folder: Path) -> list[str]:
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write weights, and `facts` as JSON values; enter the file in its folder's SHA256SUMS. A matrix or kernel
-    becomes 8-bit numbers with one scale for each output (row), other floats float16; the rest stays."""
+    becomes 8-bit numbers with one scale for each output (row); the rest stays."""
     stored = {}
     for name, weight in weights.items():
         weight = weight.detach().cpu()
@@ -45,11 +45,11 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, 
             scale = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (outputs,)
             stored[name + SCALE] = scale
             weight = (rows / scale[:, None]).round().to(torch.int8).view(weight.shape)
-        stored[name] = (weight.half() if weight.is_floating_point() else weight).contiguous()
+        stored[name] = weight.contiguous().clone()  # layers may share one
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     content = save(stored, metadata)  # its own way to write hides a full disk behind another error
     save_atomically(lambda partial: partial.write_bytes(content), path)
-    others = [line for line in digest_lines(path.parent) if line.split()[1] != path.name]
+    others = [line for line in digest_lines(path.parent) if not line.endswith(f"  {path.name}")]
     text = "\n".join([*others, f"{sha256(path)}  {path.name}", ""])
     save_atomically(lambda partial: partial.write_text(text, newline="\n"), path.parent / DIGESTS)
 
@@ -66,7 +66,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, weight in weights.items():
         if name + SCALE in stored:
             weights[name] = (weight.flatten(1) * stored[name + SCALE][:, None]).view(weight.shape)
-        elif weight.dtype == torch.float16:
+        elif weight.is_floating_point():
             weights[name] = weight.float()
     return weights, facts
 

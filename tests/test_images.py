@@ -17,6 +17,7 @@ from pdl_utils.images import (
     normalize,
     outputs,
     resize,
+    share_right,
 )
 
 EVERYTHING = Augmentation(flip=True, shift=4, scale=(0.2, 1.0), jitter=0.5, gray=0.2)
@@ -176,8 +177,9 @@ def test_without_labels_a_batch_is_two_views_and_parts_share_it():
 
 
 def test_outputs_are_float32_of_the_eval_mode_and_keep_the_shape():
-    model, images = nn.Conv2d(3, 3, 1), noise(7, 32, 48)
-    with pytest.raises(ValueError, match="train mode"):
+    model, images = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout()).eval(), noise(7, 32, 48)
+    model[1].train()
+    with pytest.raises(ValueError, match="a part of the model is in train mode"):
         outputs(model, images)
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):  # somebody else's
@@ -194,6 +196,10 @@ def test_accuracy_counts_what_is_right():
     assert accuracy(model, images, labels, size=64) == 1
     labels[:6] += 1
     assert accuracy(model, images, labels) == 0.75
+    logits = torch.eye(4)[labels]
+    for wrong in [(logits, labels[:, None]), (logits[:, :1], labels), (0 * logits / 0, labels)]:
+        with pytest.raises(ValueError, match=r"scores must be \(N, classes\) without NaN"):
+            share_right(*wrong)
 
 
 def test_everything_answers_on_the_device_of_the_images():

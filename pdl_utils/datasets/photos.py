@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import glob
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any image in 8-bit colour, turned as the camera was held (EXIF), on white where it is transparent.
     ValueError: 32-bit numbers, which have no agreed white."""
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # older Pillow
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: how many bits, and 0 where white is 0
+    if sixteen_bits and (tags.get(258, (16,)) != (16,) or tags.get(262) == 0 or "transparency" in image.info):
+        raise ValueError("it is grey with 12 bits, with white as 0 or with transparency: save it with 8 bits")
     image = ImageOps.exif_transpose(image)
     if sixteen_bits:  # Pillow would cut them off at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -71,7 +76,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _own_photos(folder: Path) -> list[Group]:
     """Directly in `folder` without a class, directly in it with one, in its subfolders."""
     unlabelled, labelled, deeper = [], [], []
-    for path in sorted(folder.rglob("*")):
+    found = glob("**", root_dir=folder, recursive=True)  # noqa: PTH207 (unlike rglob it follows links, skips .hidden)
+    for path in sorted(folder / name for name in found):
         if path.suffix.lower() in SUFFIXES:
             label = re.fullmatch(r"(n\d{8}) (.+)", path.stem.replace("_", " "))
             wnid, name = label.groups() if label else (None, None)
@@ -104,7 +110,9 @@ def _album(groups: list[Group], count: int | None, prefer: Sequence[str], leave_
         room = max(0, min(count - len(chosen) - len(first), len(rest)))
         chosen += first + [rest[i * len(rest) // room] for i in range(room)]
     images, names = [], []
-    for file, name, _ in chosen[:count]:
+    for file, name, _ in dict.fromkeys([*chosen[:count], *chain(*groups)]):  # others in the place of broken ones
+        if len(images) == count:
+            break
         try:
             images.append(stand_ins.photograph(file) if isinstance(file, str) else _open(file))
             names.append(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, MNIST
+from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import download_and_extract_archive
 
 from pdl_utils.datasets import stand_ins
@@ -66,12 +67,9 @@ def mnist() -> LabelledImages:
 
 
 def _read_cifar10(folder: Path) -> LabelledImages:
-    try:
-        train, test = (CIFAR10(folder.parent, train=part) for part in (True, False))
-    except RuntimeError:  # torchvision checks every MD5, but does not say which file is wrong
-        meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
-        verify_md5(folder, dict([*CIFAR10.train_list, *CIFAR10.test_list, meta]))
-        raise
+    meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]  # torchvision would not say which file is wrong
+    verify_md5(folder, dict([*CIFAR10.train_list, *CIFAR10.test_list, meta]))
+    train, test = (CIFAR10(folder.parent, train=part) for part in (True, False))
     tensors = []
     for part in (train, test):
         tensors += [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
@@ -80,8 +78,9 @@ def _read_cifar10(folder: Path) -> LabelledImages:
 
 def _read_mnist(folder: Path) -> LabelledImages:
     verify_md5(folder / "raw", MNIST_MD5)
-    train, test = (MNIST(folder.parent, train=part) for part in (True, False))
-    tensors = train.data[:, None], train.targets, test.data[:, None], test.targets
+    # torchvision's class would rather take what an older version of it has left in processed/.
+    train, names, test, test_names = (read_sn3_pascalvincent_tensor(folder / "raw" / name) for name in MNIST_MD5)
+    tensors = train[:, None], names.long(), test[:, None], test_names.long()
     return LabelledImages(*tensors, "0123456789", with_notice("MNIST", "official files, MD5 verified", folder))
 
 

@@ -41,7 +41,7 @@ class Provenance:
 def with_notice(name: str, source: str, folder: Path) -> Provenance:
     """Provenance of the files in `folder`, with what its NOTICE.txt says."""
     notice = folder / "NOTICE.txt"
-    said = "; " + " ".join(notice.read_text("utf-8", "replace").split()) if notice.is_file() else ""
+    said = "; " + " ".join(notice.read_text("utf-8-sig", "replace").split()) if notice.is_file() else ""
     return Provenance(name, source + said)
 
 

@@ -97,6 +97,8 @@ def _decoys(module: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         right = rng.permutation(right)
         if (module[left] != module[right]).all():
             break
+    else:
+        raise ValueError("no matching joins different modules only: give more modules, or larger complexes")
     decoy = np.empty_like(module)
     decoy[left], decoy[right] = right, left
     return decoy

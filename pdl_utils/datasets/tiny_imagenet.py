@@ -44,7 +44,7 @@ def tiny_imagenet(split: str, limit: int | None = None) -> TinyImageNet:
 def _read(folder: Path, split: str, limit: int | None) -> TinyImageNet:
     with reading(folder / "wnids.txt"):
         wnids = sorted((folder / "wnids.txt").read_text("utf-8").split())
-        if wnids != sorted(path.name for path in (folder / "train").glob("n*")):
+        if wnids != sorted(path.name for path in (folder / "train").glob("n*[0-9]")):
             raise ValueError("it does not name the folders in train/")
     with reading(folder / "words.txt"):
         words = dict(line.split("\t") for line in (folder / "words.txt").read_text("utf-8").splitlines())

@@ -63,8 +63,8 @@ def lines(
 
 def over_epochs(panels: Mapping[str, Mapping[str, Sequence[float] | float]]) -> Figure:
     """Curves over epochs, a panel each name; a single number is a horizontal line."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(8.2, 3))
-    for axis, (ylabel, series) in zip(axes, panels.items(), strict=True):
+    figure, axes = plt.subplots(1, len(panels), figsize=(8.2, 3), squeeze=False)
+    for axis, (ylabel, series) in zip(axes.flat, panels.items(), strict=True):
         drawn = {name: values for name, values in series.items() if np.ndim(values)}
         epochs = range(1, 1 + max(map(len, drawn.values())))
         curves(axis, epochs, drawn, xlabel="epoch", ylabel=ylabel, title="")
@@ -76,8 +76,8 @@ def over_epochs(panels: Mapping[str, Mapping[str, Sequence[float] | float]]) -> 
 
 def two_matrices(matrices: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
     """Similarities (2N, 2N) of N images' first and then second views; the partners' cells are framed."""
-    figure, axes = plt.subplots(1, len(matrices), figsize=(8, 3.9))
-    for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
+    figure, axes = plt.subplots(1, len(matrices), figsize=(8, 3.9), squeeze=False)
+    for axis, (title, matrix) in zip(axes.flat, matrices.items(), strict=True):
         picture = axis.imshow(matrix.detach().cpu(), cmap="PuOr_r", vmin=-1, vmax=1)
         for i in range(len(names)):
             j = (i + len(names) // 2) % len(names)
@@ -91,14 +91,15 @@ def two_matrices(matrices: Mapping[str, Tensor], names: Sequence[str]) -> Figure
 
 
 def simclr_drawing(image: Tensor, views: Sequence[Tensor]) -> Figure:
-    """An image (3, H, W), its two views, and their way through f and g to the loss."""
+    """An image (C, H, W), its two views, and their way through f and g to the loss."""
     figure, axis = plt.subplots(figsize=(8, 2.3))
     axis.set(xlim=(0, 16), ylim=(0, 4.2), aspect="equal")
     axis.set_axis_off()
-    axis.imshow(to_pixels(image), extent=(0.2, 2.0, 1.2, 3.0))
+    tall = image.shape[1] / image.shape[2]
+    axis.imshow(to_pixels(image), extent=(0.2, 2.0, 2.1 - 0.9 * tall, 2.1 + 0.9 * tall))
     box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": "black"}
     for view, y in zip(views, (3.2, 1.0), strict=True):
-        axis.imshow(to_pixels(view), extent=(3.4, 5.0, y - 0.8, y + 0.8))
+        axis.imshow(to_pixels(view), extent=(3.4, 5.0, y - 0.8 * tall, y + 0.8 * tall))
         for x, text in ((6.9, "f\nencoder"), (8.9, "h\nfeatures"), (10.9, "g\nhead"), (12.7, "z")):
             axis.text(x, y, text, ha="center", va="center", bbox=box if text[0] in "fg" else None)
         for left, right in ((5.2, 6.1), (7.7, 8.2), (9.6, 10.2), (11.6, 12.4)):

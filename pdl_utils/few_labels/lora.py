@@ -32,12 +32,19 @@ class LoRA(nn.Module):
         y = self.base(x)
         return (y + self.B(self.scale * self.A(x.to(self.A.weight.dtype)))).to(y.dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """W + s·BA: for attention modules, which read the weights and biases of their parts by themselves."""
+        BA = self.B.weight.flatten(1) @ self.A.weight.flatten(1)
+        return (self.base.weight + (self.scale * BA).view_as(self.base.weight)).to(self.base.weight.dtype)
+
+    bias = property(lambda self: self.base.bias)
+
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """A plain layer of weight W + s·BA: no latency (sec. 4.1)."""
         plain = copy.deepcopy(self.base)
-        BA = self.B.weight.flatten(1) @ self.A.weight.flatten(1)
-        plain.weight.copy_(plain.weight + (self.scale * BA).view_as(plain.weight))
+        plain.weight.copy_(self.weight)
         return plain
 
     def get_extra_state(self) -> Tensor:
@@ -52,8 +59,7 @@ def add_lora(
     model: nn.Module, rank: int, alpha: float, targets: str = "*", scaling: str = "standard"
 ) -> list[str]:
     """Freeze `model`, forget its gradients, and wrap in `LoRA`, in place, its linear layers and 2-d convolutions
-    (without groups) whose names fit the shell pattern `targets`. Left out is what lies in an attention module,
-    which reads the weights of its parts by itself.
+    (without groups, of torch's own arithmetic) whose names fit the shell pattern `targets`.
 
     Returns the names of the layers. ValueError, and nothing is changed: a bad argument, no layer that fits, or one
     that is used under two names or has a weight that is made anew in each pass (weight norm, pruning)."""
@@ -63,27 +69,24 @@ def add_lora(
     modules = dict(model.named_modules())
     if any(isinstance(module, LoRA) for module in modules.values()):
         raise ValueError("the model has LoRA layers already; merge_lora(model) makes them plain")
-    inside = set()  # attention modules, and layers that torch computes in one go
-    for module in modules.values():
-        if "Attention" in type(module).__name__ or isinstance(module, nn.TransformerEncoderLayer):
-            inside |= set(module.modules())
-    layers = {n: m for n, m in modules.items() if n and isinstance(m, (nn.Linear, nn.Conv2d)) and m not in inside}
-    layers = {n: m for n, m in layers.items() if getattr(m, "groups", 1) == 1}
+    plain = nn.Linear.forward, nn.Conv2d.forward  # a subclass may use its weight in another way
+    layers = {n: m for n, m in modules.items() if n and type(m).forward in plain and getattr(m, "groups", 1) == 1}
     chosen = [n for n in layers if fnmatchcase(n, targets)]
     if not chosen:
         raise ValueError(f"no layer that can have LoRA fits {targets!r}; there are {', '.join(layers) or 'none'}")
     for n in chosen:
         weight = layers[n]._parameters.get("weight")
-        if weight is None or layers[n]._forward_pre_hooks:
-            raise ValueError(f"the weight of {n} is made anew by a hook or parametrization; remove that first")
+        if weight is None or layers[n]._forward_pre_hooks or layers[n]._forward_hooks:
+            raise ValueError(f"{n} is changed in each pass by a hook or parametrization; remove that first")
         users = [u for u, p in model.named_parameters(remove_duplicate=False) if p is weight]
         if len(users) > 1:
             raise ValueError(f"one weight has several names, {', '.join(users)}: an update at one would part them")
+    wrapped = {n: LoRA(layers[n], rank, alpha, scaling).train(layers[n].training) for n in chosen}
     model.requires_grad_(False)
     for parameter in model.parameters():
         parameter.grad = None  # or an optimizer that holds it would still take a step
-    for n in chosen:
-        model.set_submodule(n, LoRA(layers[n], rank, alpha, scaling))
+    for n, layer in wrapped.items():
+        model.set_submodule(n, layer)
     return chosen
 
 
@@ -96,6 +99,7 @@ def merge_lora(model: nn.Module) -> None:
 
 def adapter(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all that is not frozen: every A, B and scale, what was unfrozen by hand, and buffers, which move
-    in train mode. `model.load_state_dict(…, strict=False)` takes it, and so switches adapters."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    in train mode. `model.load_state_dict(model.state_dict() | adapter)` switches to it."""
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {n for n, p in named if not p.requires_grad and not n.endswith((".A.weight", ".B.weight"))}
     return {name: value.detach().clone() for name, value in model.state_dict().items() if name not in frozen}

@@ -24,8 +24,9 @@ VIEW = Augmentation(flip=True, scale=(0.2, 1.0), jitter=0.5, gray=0.2)
 def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     """Normalised temperature-scaled cross-entropy (eq. 1): among all 2N − 1 other embeddings, find the other view
     of the same image. z1, z2: (N, D), row by row of the same image. A scalar in float32 or wider."""
-    if z1.shape != z2.shape:
-        raise ValueError(f"each image has two views, but the embeddings are {(*z1.shape,)} and {(*z2.shape,)}")
+    if z1.shape != z2.shape or not temperature > 0:
+        found = f"the embeddings are {(*z1.shape,)} and {(*z2.shape,)}, at temperature {temperature}"
+        raise ValueError(f"each image has two views, and temperatures are above 0, but {found}")
     row = torch.arange(2 * len(z1), device=z1.device)
     with torch.autocast(z1.device.type, enabled=False):  # bfloat16 would round similarities to 1/128
         z = torch.cat([z1, z2])
@@ -77,10 +78,10 @@ def pretrain(
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20) -> float:
     """Share of the queries (M, D) whose label, of int64 (M,), the k most similar features of the bank (N, D) vote
     for, each with the weight exp(cosine / 0.1) (Wu et al. 2018, arXiv:1805.01978, sec. 3.4)."""
-    similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T  # (M, N)
+    similarity = F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T  # (M, N)
     similarity, nearest = similarity.topk(min(k, len(bank)))
     votes = similarity.new_zeros(len(queries), int(bank_labels.max()) + 1)
-    votes.scatter_add_(1, bank_labels[nearest], (similarity / 0.1).exp())
+    votes.scatter_add_(1, bank_labels.to(nearest)[nearest], (similarity / 0.1).exp())
     return share_right(votes, labels)
 
 
@@ -95,7 +96,7 @@ def knn_monitor(
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         features = outputs(model.encoder, images[: bank + queries])
-        known = labels[: bank + queries].to(features.device)
+        known = labels[: bank + queries]
         return {"knn": knn_accuracy(features[:bank], known[:bank], features[bank:], known[bank:])}
 
     return evaluate

@@ -5,7 +5,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,9 +13,9 @@ from scipy.stats import ttest_rel
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.fx.experimental.optimization import fuse
 
-from pdl_utils.images import Augmentation, Batches, Size, accuracy, height_and_width, outputs, share_right
+from pdl_utils.images import Augmentation, Batches, Size, accuracy, outputs, share_right
 from pdl_utils.resnet import cifar_resnet18
 from pdl_utils.settings import has_bfloat16, pick_device
 from pdl_utils.training import History, fit, sgd
@@ -49,7 +48,7 @@ def train_on(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, s
     epochs = -(-recipe.steps // (len(images) // batch_size))
     batches = Batches(
         images=images, labels=labels, augment=recipe.augment, batch_size=batch_size, seed=seed,
-        sizes=[height_and_width(images, recipe.size)] * epochs,
+        sizes=[recipe.size] * epochs,
     )  # fmt: skip
     steps = epochs * len(batches)
     optimizer, scheduler = sgd(model, recipe.lr, recipe.weight_decay, steps, warmup=steps // 10)
@@ -78,17 +77,13 @@ def from_scratch(classes: int) -> Way:
 
 
 def without_head(network: nn.Module) -> nn.Module:
-    """A copy of a ResNet that gives the features its last layer `fc` would look at, in eval mode. Every batch norm
+    """A copy of a ResNet that gives the features its last layer `fc` would look at, in eval mode. Each batch norm
     is folded into the convolution before it, as the fixed affine map that it is in eval mode: that is faster, and
     a hundred images, which say too little about the statistics of activations, cannot change them."""
-    encoder = copy.deepcopy(network)
+    encoder = copy.deepcopy(network).eval()
+    encoder.get_submodule("fc")  # or an AttributeError: its last layer has another name
     encoder.fc = nn.Identity()
-    for block in list(encoder.modules()):
-        for (name, layer), (after, norm) in pairwise(list(block.named_children())):
-            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(block, name, fuse_conv_bn_eval(layer.eval(), norm.eval()))
-                setattr(block, after, nn.Identity())
-    return encoder.to(memory_format=torch.channels_last).eval()
+    return fuse(encoder).to(memory_format=torch.channels_last).eval()
 
 
 def linear_probe(features: Tensor, labels: Tensor, classes: int, C: float = 0.01) -> nn.Linear:
@@ -103,7 +98,9 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int, C: float = 0.01
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     weight = weight / torch.from_numpy(scaler.scale_)
     bias = bias - weight @ torch.from_numpy(scaler.mean_)
-    probe, seen = nn.Linear(features.shape[1], classes), torch.from_numpy(fitted.classes_)
+    probe, seen = nn.Linear(features.shape[1], classes), torch.from_numpy(fitted.classes_).long()
+    if not 0 <= seen.min() <= seen.max() < classes:
+        raise ValueError(f"labels are {seen.tolist()}, but there are {classes} classes, from 0 on")
     with torch.no_grad():
         probe.weight.zero_()
         probe.bias.fill_(-100.0)
@@ -189,7 +186,7 @@ class Trials:
 
         scores = []
         for seed, rows in enumerate(sets):
-            settings = {"recipe": str(recipe), "seed": seed, "rows": [int(rows[0]), len(rows)]}
+            settings = {"recipe": str(recipe), "seed": seed, "rows": rows.tolist()}
             settings |= {"judge": judge, "judges": len(self.judges[judge][0]), "data": self.data}
             scores.append(self.keep(name, partial(score, seed, rows), way, **settings))
         return scores
@@ -199,10 +196,8 @@ class Trials:
     ) -> tuple[Recipe, list[float], dict[str, list[float]]]:
         """The recipe that is best on validation images, trained on the sets `choosing`; the test accuracy that it
         reaches for each of `sets`; and what all recipes reached on validation images."""
-        tried = {}
-        if len(options) > 1:
-            for option, recipe in options.items():
-                tried[option] = self.train(name, way, recipe, choosing, "validation")
+        choice = options if len(options) > 1 else {}
+        tried = {o: self.train(name, way, recipe, choosing, "validation") for o, recipe in choice.items()}
         best = options[max(options, key=lambda option: sum(tried.get(option, [])))]
         return best, self.train(name, way, best, sets), tried
 

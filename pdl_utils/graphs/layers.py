@@ -5,7 +5,6 @@ the arithmetic. Shapes: N nodes, E edges, H heads, C channels a head."""
 
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +32,9 @@ def sort_edges(x: Tensor, edge_index: Tensor | SortedEdges, in_channels: int, se
         return edge_index
     if not isinstance(edge_index, Tensor) or edge_index.dtype not in INTEGERS or edge_index.shape[:-1] != (2,):
         raise ValueError(f"edge_index must be an integer tensor of shape (2, E), not {described(edge_index)}")
-    if edge_index.numel() and not 0 <= edge_index.min() <= edge_index.max() < len(x):
-        raise ValueError(f"edge_index names nodes {edge_index.min()} to {edge_index.max()}; x has {len(x)} rows")
-    source, target = edge_index.long()
+    source, target = edges = edge_index.long()  # beside int8, a larger number of nodes would overflow
+    if edges.numel() and not 0 <= edges.min() <= edges.max() < len(x):
+        raise ValueError(f"edge_index names nodes {edges.min()} to {edges.max()}; x has {len(x)} rows")
     if self_loops:
         kept, nodes = source != target, torch.arange(len(x), device=source.device)
         source, target = torch.cat([source[kept], nodes]), torch.cat([target[kept], nodes])
@@ -72,9 +71,9 @@ class WeightedSum(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, h: Tensor, graph: SortedEdges) -> Tensor:
         ctx.save_for_backward(weight, h)
         ctx.graph = graph
-        bag = partial(F.embedding_bag, graph.source, offsets=graph.rowptr, mode="sum", include_last_offset=True)
-        weights = weight.t().contiguous()
-        return torch.stack([bag(rows, per_sample_weights=w) for rows, w in zip(h, weights, strict=True)])
+        how = {"offsets": graph.rowptr, "mode": "sum", "include_last_offset": True}
+        heads = zip(h, weight.t().contiguous(), strict=True)
+        return torch.stack([F.embedding_bag(graph.source, x, per_sample_weights=w, **how) for x, w in heads])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,7 +85,8 @@ class WeightedSum(torch.autograd.Function):
 
 def edge_products(a: Tensor, b: Tensor, graph: SortedEdges) -> Tensor:
     """a_i · b_j for every edge j → i: a, b (H, N, C) → (E, H)."""
-    if len(graph.source) > a.shape[1] ** 2:  # repeated edges: more than a sparse matrix of these nodes may hold
+    # No sparse matrix can hold so many repeated edges, or half precision.
+    if len(graph.source) > a.shape[1] ** 2 or a.element_size() < 4:
         return (a[:, graph.target] * b[:, graph.source]).sum(2).t()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
@@ -170,10 +170,10 @@ class GraphConv(nn.Module):
 
     def by_head(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """W x as (H, N, C), in the dtype of the weights: only linear maps are in autocast's lower precision."""
-        h = linear(x).to(linear.weight.dtype).view(len(x), self.heads, self.out_channels)
+        h = linear(x).to(next(self.parameters()).dtype).view(len(x), self.heads, self.out_channels)
         return h.transpose(0, 1).contiguous()
 
-    def forward(self, x: Tensor, edge_index: Tensor, return_attention_weights: bool = False) -> Tensor | tuple:
+    def forward(self, x: Tensor, edge_index: Tensor, *, return_attention_weights: bool = False) -> Tensor | tuple:
         """x float (N, in_channels), edge_index integer (2, E), sources first → out (N, H·C or C), or on request
         (out, (edge_index, alpha)): the layer's edges in its order, self-loops included, and α before dropout."""
         graph = sort_edges(x, edge_index, self.in_channels, self.add_self_loops)
@@ -257,15 +257,15 @@ class GraphNet(nn.Module):
             options = {"concat": not last, "residual": residual, "dropout": dropout}
             self.layers.append(nn.Linear(width, out) if conv == "mlp" else KINDS[conv](width, *size, **options))
 
-    def forward(self, x: Tensor, edge_index: Tensor, return_attention_weights: bool = False) -> Tensor | tuple:
+    def forward(self, x: Tensor, edge_index: Tensor, *, return_attention_weights: bool = False) -> Tensor | tuple:
         """Logits (N, num_labels); a label is predicted where its logit is positive. On request (logits,
         (edge_index, alphas)) with the weights (E, H) of every layer that has edges."""
         graph, alphas = sort_edges(x, edge_index, self.in_channels, self_loops=True), []
         for index, layer in enumerate(self.layers):
             x = F.elu(x) if index else x
-            if isinstance(layer, nn.Linear):
-                x = layer(x).to(layer.weight.dtype)
-            else:
+            if isinstance(layer, GraphConv):
                 x, (_, alpha) = layer(x, graph, return_attention_weights=True)
                 alphas.append(alpha)
+            else:
+                x = layer(x).to(next(layer.parameters()).dtype)
         return (x, (torch.stack(graph[:2]), alphas)) if return_attention_weights else x

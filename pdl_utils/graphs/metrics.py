@@ -15,9 +15,10 @@ from pdl_utils.graphs.layers import GraphNet
 
 def micro_f1(logits: Tensor, labels: Tensor) -> float:
     """F1 = 2TP / (2TP + FP + FN) over all nodes and labels pooled, both (N, L). A label is predicted where its
-    logit is positive. 1 where nothing is to be found or was. ValueError: the shapes differ."""
-    if logits.shape != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must have the same shape")
+    logit is positive. 1 where nothing is to be found or was. ValueError: the shapes differ, or there is NaN."""
+    if logits.shape != labels.shape or (logits + labels).isnan().any():
+        shapes = f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
+        raise ValueError(f"{shapes} must have the same shape, and no NaN")
     predicted, wanted = logits > 0, labels > 0.5
     total = int(predicted.sum() + wanted.sum())
     return 2 * int((predicted & wanted).sum()) / total if total else 1.0
@@ -35,7 +36,7 @@ def neighbourhood_features(x: Tensor, edge_index: Tensor, hops: int) -> Tensor:
     """What a node and its neighbours look like: the features (N, C), their mean over each neighbourhood (the node
     included), the mean of these means, and so on for `hops` steps, side by side: (N, (hops + 1) C)."""
     (source, target), _ = add_remaining_self_loops(edge_index, num_nodes=len(x))
-    seen = [x]
+    seen = [x.float()]
     for _ in range(hops):
         seen.append(scatter(seen[-1][source], target, dim_size=len(x), reduce="mean"))
     return torch.cat(seen, dim=1)
@@ -45,7 +46,7 @@ def look_up(query: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
     """For each row of `query` (N, C) the labels (M, L) of the nearest row of `reference` (M, C): (N, L). Where
     several rows are equal (to four decimals) it is their mean, so that no order of rows decides."""
     rows, row = reference.mul(1e4).round().unique(dim=0, return_inverse=True)
-    known = scatter(labels, row, dim_size=len(rows), reduce="mean")
+    known = scatter(labels.float(), row, dim_size=len(rows), reduce="mean")
     parts = [torch.cdist(part, rows / 1e4).argmin(1) for part in query.split(512)]  # not all of (N, M) at once
     return known[torch.cat(parts)]
 
@@ -55,7 +56,7 @@ def attention_entropy(edge_index: Tensor, alpha: Tensor) -> Tensor:
     (E, H) → (N, H), from 0 (all on one edge) to 1 (uniform); NaN for nodes with fewer than two edges."""
     entropy = scatter(-torch.special.xlogy(alpha, alpha), edge_index[1])
     count = degree(edge_index[1], dtype=alpha.dtype)
-    return entropy / torch.where(count > 1, count, torch.nan).log().unsqueeze(1)
+    return entropy / torch.where(count > 1, count, torch.nan).log().view(-1, *[1] * (alpha.ndim - 1))
 
 
 def jaccard(labels: Tensor, edge_index: Tensor) -> Tensor:
@@ -73,22 +74,19 @@ def preference(edge_index: Tensor, alpha: Tensor, value: Tensor) -> Tensor:
     correlated together: float64 (H, K) in -1..1, NaN where one of the two never varies within a neighbourhood."""
     neighbours = edge_index[0] != edge_index[1]
     target = edge_index[1, neighbours].cpu().numpy()
-    a, b = (_ranks_within(each[neighbours].cpu().numpy(), target) for each in (alpha, value))
+    a, b = (_ranks_within(each[neighbours].detach().cpu().double().numpy(), target) for each in (alpha, value))
     with np.errstate(invalid="ignore"):
-        return torch.from_numpy(a.T @ b / np.outer(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=0)))
+        return torch.from_numpy(a @ b.T / np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)))
 
 
 def _ranks_within(values: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Ranks of each column (E, K) within the groups of its rows, ties share theirs; scaled to -1..1 with mean 0 in
-    every group."""
+    every group: (K, E). NaN where a column holds NaN."""
     size = np.bincount(group)
     before = np.concatenate([[0], size.cumsum()[:-1]])
-    ranks = np.empty(values.shape)
-    for column in range(values.shape[1]):
-        distinct, code = np.unique(values[:, column], return_inverse=True)
-        rank = rankdata(group * len(distinct) + code)  # first by group, then by value
-        ranks[:, column] = (2 * (rank - before[group]) - 1) / size[group] - 1
-    return ranks
+    ranks = rankdata(np.atleast_2d(values.T), axis=1)
+    ranks = rankdata(group * len(group) + ranks, axis=1)  # first by group, then by value
+    return (2 * (ranks - before[group]) - 1) / size[group] - 1
 
 
 def attention_gain(edge_index: Tensor, alpha: Tensor, value: Tensor, shuffles: int = 0) -> Tensor:
@@ -96,15 +94,15 @@ def attention_gain(edge_index: Tensor, alpha: Tensor, value: Tensor, shuffles: i
     minus the second, mean over the nodes that have neighbours, self-loops left out: (1 + shuffles, H). In the rows
     after the first the attention is shuffled among each node's neighbours: what chance gives."""
     neighbours = edge_index[0] != edge_index[1]
-    target, alpha, value = edge_index[1, neighbours], alpha[neighbours], value[neighbours, None]
-    plain, has, gains = scatter(value, target, reduce="mean"), degree(target) > 0, []
+    target, alpha, value = edge_index[1, neighbours], alpha[neighbours], value[neighbours, None].float()
+    value, gains = value - scatter(value, target, reduce="mean")[target], []
     in_order, generator = target.argsort(stable=True), torch.Generator().manual_seed(0)
     for turn in range(1 + shuffles):
         if turn:
             order = target + torch.rand(len(target), dtype=torch.float64, generator=generator).to(target.device)
             alpha = torch.empty_like(alpha).index_copy(0, in_order, alpha[order.argsort()])
-        weighted = scatter(alpha * value, target) / scatter(alpha, target).clamp_min(1e-30)
-        gains.append((weighted - plain)[has].mean(0))
+        gain = scatter(alpha * value, target) / scatter(alpha, target).clamp_min(1e-30)  # (N, H)
+        gains.append(gain.sum(0) / len(target.unique()))
     return torch.stack(gains)
 
 

@@ -25,8 +25,8 @@ def small_graph(
     if weight is None:
         draw_edges(axis, spots, edge_index, "0.6", 1.5)
     else:
-        for edge in (edge_index[1] == into).nonzero().flatten().tolist():
-            start, end, width = spots[edge_index[0, edge]], spots[into], float(weight[edge])
+        here, end = edge_index[1] == into, spots[into]
+        for start, width in zip(spots[edge_index[0, here].cpu()], weight[here].tolist(), strict=True):
             along = end - start
             if not along.any():
                 ring(axis, start, 0.24, width)
@@ -58,8 +58,9 @@ def circle(count: int, x: float = 0, y: float = 0) -> np.ndarray:
 
 def draw_edges(axis: Axes, place: np.ndarray, edge_index: Tensor, color: str, width: float) -> None:
     """Edges among the nodes that have a place, (N, 2) with NaN for the others; one line for both directions."""
-    ends = place[edge_index[:, edge_index[0] < edge_index[1]].cpu()]  # (2, E, 2)
-    ends = ends[:, np.isfinite(ends).all(axis=(0, 2))]
+    pairs = np.sort(edge_index.cpu(), axis=0)
+    shown = (pairs[0] < pairs[1]) & np.isfinite(place[pairs]).all(axis=(0, 2))
+    ends = place[np.unique(pairs[:, shown], axis=1)]  # (2, E, 2)
     axis.plot(*ends.transpose(2, 0, 1), color=color, linewidth=width, zorder=1)
 
 
@@ -74,8 +75,8 @@ def draw_neighbourhood(
     """A node in the middle, its neighbours in a circle around it, and in grey the edges among these. `likeness`
     (E,) in 0..1, such as `jaccard`, colours a neighbour and orders the circle; `alpha` (E,) is the width of the
     edges into the centre, on one scale for all figures, and of the circle that is its edge to itself."""
-    into = ((edge_index[1] == centre) & (edge_index[0] != centre)).nonzero().squeeze(1)
-    into = into[likeness[into].argsort(descending=True, stable=True)]
+    into = (edge_index[1] == centre) & (edge_index[0] != centre)
+    into = into.nonzero().squeeze(1)[likeness[into].argsort(descending=True, stable=True)]
     place, around = np.full((int(edge_index.max()) + 1, 2), np.nan), edge_index[0, into].cpu()
     place[around] = circle(len(into))
     draw_edges(axis, place, edge_index, "0.88", 0.7)

@@ -124,11 +124,12 @@ def test_adapters_take_turns_and_the_frozen_network_comes_back_bit_for_bit():
     learned = adapter(source)
     frozen = {"0.base.weight", "0.base.bias", "1.weight", "1.bias", "3.weight"}
     assert learned.keys() == source.state_dict().keys() - frozen
+    assert {"0.A.weight", "0.B.weight"} < adapter(source.requires_grad_(False)).keys()  # frozen after training
     add_lora(other, 2, 5.0, "0")  # another alpha: the scale is loaded too
-    other.load_state_dict(learned, strict=False)
+    other.load_state_dict(other.state_dict() | learned)
     assert torch.equal(other.eval()(x), source.eval()(x))
     assert not torch.allclose(other(x), base(x))
-    other.load_state_dict(start, strict=False)
+    other.load_state_dict(other.state_dict() | start)
     merge_lora(other)
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in other.state_dict().items())
 
@@ -155,17 +156,29 @@ def test_a_half_precision_layer_has_an_update_of_float32():
     torch.testing.assert_close(model(x).float(), wide, rtol=0.05, atol=0.05)
 
 
-def test_attention_modules_are_left_out_and_what_is_adapted_is_named():
+def test_modules_that_read_the_weights_of_their_parts_read_the_updated_ones():
     block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = nn.Sequential(nn.Linear(4, 8), block, nn.Linear(8, 3)).eval()
-    assert add_lora(model, 2, 1.0) == ["0", "2"]
+    model, x = trained(nn.Sequential(nn.Linear(4, 8), block).eval()), torch.randn(2, 5, 4)
+    assert list(updates(model)) == ["0", "1.self_attn.out_proj", "1.linear1", "1.linear2"]
+    out = model(x)
+    out.sum().backward()
+    assert all(layer.A.weight.grad.any() for layer in updates(model).values())
     with torch.no_grad():  # in which torch computes the block in one go
-        assert model(torch.randn(2, 5, 4)).shape == (2, 5, 3)
+        torch.testing.assert_close(model(x), out)
+    merge_lora(model)
+    torch.testing.assert_close(model(x), out)
 
 
-def hooked():
+class Doubled(nn.Linear):
+    """A linear layer with an arithmetic of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(register):
     model = mlp()
-    model[0].register_forward_pre_hook(lambda layer, inputs: None)
+    getattr(model[0], register)(lambda *_: None)
     return model
 
 
@@ -177,8 +190,10 @@ REFUSED = [
     (lambda: nn.Linear(2, 3), {}, "there are none"),  # no place to wrap it
     (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), {}, "there are none"),
     (lambda: nn.Sequential(*2 * [nn.Linear(4, 4)]), {}, r"several names, 0\.weight, 1\.weight"),
-    (hooked, {}, "the weight of 0 is made anew"),
-    (lambda: nn.Sequential(prune.identity(nn.Linear(2, 3), "weight")), {}, "the weight of 0 is made anew"),
+    (lambda: nn.Sequential(Doubled(4, 4)), {}, "there are none"),
+    (lambda: hooked("register_forward_pre_hook"), {}, "0 is changed in each pass"),
+    (lambda: hooked("register_forward_hook"), {}, "0 is changed in each pass"),
+    (lambda: nn.Sequential(prune.identity(nn.Linear(2, 3), "weight")), {}, "0 is changed in each pass"),
     (lambda: trained(mlp()), {}, "LoRA layers already"),
 ]
 

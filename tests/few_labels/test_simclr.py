@@ -19,8 +19,9 @@ def test_the_loss_and_its_gradient_equal_those_of_lightly(shape, temperature):
     peer.backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
-    with pytest.raises(ValueError, match=r"two views, but the embeddings are"):
-        nt_xent_loss(ours[0], ours[1][1:])
+    for wrong in ((ours[0], ours[1][1:]), (*ours, 0.0)):
+        with pytest.raises(ValueError, match=r"two views, and temperatures are above 0, but the embeddings are"):
+            nt_xent_loss(*wrong)
 
 
 def test_the_loss_is_computed_in_float32_under_autocast():
@@ -36,6 +37,8 @@ def test_knn_accuracy():
     labels = torch.tensor([0, 1, 1, 1])  # one at cosine 1 outweighs two at 0.6
     assert knn_accuracy(bank, labels, queries, torch.tensor([0]), k=3) == 1
     assert knn_accuracy(bank, labels, torch.tensor([[5.0, 0], [0.2, 3]]), torch.tensor([0, 0]), k=3) == 0.5
+    same = torch.ones(3, 2).half()  # exp(10) twice is too large for half precision
+    assert knn_accuracy(same, torch.tensor([0, 1, 1]), same[:1], torch.tensor([1])) == 1
 
 
 def two_kinds(count=64):

@@ -104,6 +104,8 @@ def test_without_its_head_a_network_gives_the_same_features_without_batch_norms(
     assert not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
     expected = network.eval()(images)
     torch.testing.assert_close(network.fc(encoder(images)), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AttributeError, match="fc"):
+        without_head(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
 
 
 def test_fine_tuning_starts_from_the_probe_trains_all_weights_and_leaves_the_encoder_alone():
@@ -189,6 +191,7 @@ def test_trained_networks_are_kept_one_by_one_and_tuning_tries_each_option(trial
     best, tuned, tried = trials.tune("tuned", way, options, sets[2:], sets[:2])
     assert [settings["judge"] for settings in kept] == ["validation"] * 2 + ["test"] * 2
     assert len({str(settings) for settings in kept}) == 4
+    assert kept[0]["rows"] == sets[2].tolist()
     assert len(tuned) == 2
     assert tried.keys() == options.keys()
     assert sum(tried[next(name for name in options if options[name] == best)]) == max(map(sum, tried.values()))

@@ -77,11 +77,20 @@ def test_attention_sums_to_one_beside_huge_scores(layer):
 def test_edges_are_sorted_every_node_gets_one_loop_and_uniform_attention_is_the_mean():
     layer, x = UniformConv(1, 1), torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     nn.init.ones_(layer.lin.weight)
-    edges = torch.tensor([[0, 2, 1, 1, 2], [1, 1, 1, 0, 1]], dtype=torch.int32)
+    edges = torch.tensor([[0, 2, 1, 1, 2], [1, 1, 1, 0, 1]], dtype=torch.int8)
     out, (found, alpha) = layer(x, edges, return_attention_weights=True)
     assert found.tolist() == [[0, 1, 0, 1, 2, 2, 2, 3], [0, 0, 1, 1, 1, 1, 2, 3]]
     assert alpha[:, 0].tolist() == [0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 1, 1]
     assert out[:, 0].tolist() == [1.5, 2.25, 3, 4]
+    assert layer(torch.ones(200, 1), edges).shape == (200, 1)  # more nodes than int8 can count
+
+
+@pytest.mark.parametrize("layer", [GATConv, GATv2Conv])
+def test_half_precision_has_gradients(layer):
+    conv = layer(7, 5, heads=2)
+    wide = torch.autograd.grad(conv(X, EDGES).square().sum(), conv.bias)
+    half = torch.autograd.grad(conv.bfloat16()(X.bfloat16(), EDGES).square().sum(), conv.bias)
+    torch.testing.assert_close(half[0].float(), wide[0], rtol=0.05, atol=0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,6 +27,8 @@ def test_micro_f1_is_scikit_learns():
     assert metrics.micro_f1(logits, labels) == pytest.approx(f1_score(labels, logits > 0, average="micro"))
     with pytest.raises(ValueError, match=r"logits \(4, 1\) and labels \(4,\) must have the same shape"):
         metrics.micro_f1(torch.zeros(4, 1), torch.zeros(4))
+    with pytest.raises(ValueError, match="no NaN"):
+        metrics.micro_f1(0 * logits / 0, labels)
 
 
 @pytest.mark.parametrize(("labels", "score"), [([1, 0, 0], 1), ([1, 1, 0], 1), ([0, 1, 1], 0.5)])
@@ -41,6 +43,8 @@ def test_neighbourhood_features_are_means_of_means():
     x = torch.tensor([[6.0], [0.0], [0.0], [5.0]])
     expected = torch.tensor([[6.0, 3.0, 2.5], [0.0, 2.0, 5 / 3], [0.0, 0.0, 1.0], [5.0, 5.0, 5.0]])
     torch.testing.assert_close(metrics.neighbourhood_features(x, path, hops=2), expected)
+    found = metrics.neighbourhood_features(x > 5, path, hops=1)[:, 1]  # a mean also of booleans
+    torch.testing.assert_close(found, torch.tensor([0.5, 1 / 3, 0, 0]))
 
 
 def test_look_up_takes_the_mean_of_equal_rows():
@@ -48,7 +52,8 @@ def test_look_up_takes_the_mean_of_equal_rows():
     labels = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
     query = torch.tensor([[1.0, 0.0], [0.0, 1.00001], [-5.0, 5.0]]).repeat(300, 1)  # more than one block
     expected = torch.tensor([[0.0, 0.0], [1.0, 0.5], [1.0, 0.5]]).repeat(300, 1)
-    torch.testing.assert_close(metrics.look_up(query, reference, labels), expected)
+    for given in (labels, labels.bool()):
+        torch.testing.assert_close(metrics.look_up(query, reference, given), expected)
 
 
 def test_attention_entropy():
@@ -57,6 +62,7 @@ def test_attention_entropy():
     share = metrics.attention_entropy(edges, alpha)
     torch.testing.assert_close(share[0], torch.tensor([1, math.log(2) / math.log(3)]))
     assert share[1:].isnan().all()
+    assert torch.equal(metrics.attention_entropy(edges, alpha[:, 1])[:1], share[:1, 1])  # of one head
 
 
 def test_jaccard():
@@ -73,6 +79,7 @@ def test_preference_is_spearmans_correlation_in_one_neighbourhood_and_compares_w
     seen = (star[1] == 0) & (star[0] != 0)
     expected = [spearmanr(alpha[seen, head], value[seen, 0]).statistic for head in range(2)]
     assert metrics.preference(star, alpha, value)[:, 0].tolist() == pytest.approx(expected)
+    assert metrics.preference(star, alpha, value / 0).isnan().all()
 
     # Values that differ between targets alone are no preference, whatever the attention does.
     edges = edges_of(torch.randint(40, (300, 2), generator=generator).tolist(), 40)
@@ -90,6 +97,9 @@ def test_attention_gain_by_hand_and_under_shuffling():
     found = metrics.attention_gain(edges, alpha, value, shuffles=50)
     torch.testing.assert_close(found[0], torch.tensor([(0.75 - 0.5 + 0) / 2, 0]))  # mean over nodes 0 and 1
     assert set(found[1:, 0].mul(8).round().tolist()) == {-1, 1}  # 0.75 on the first or on the second
+    torch.testing.assert_close(metrics.attention_gain(edges, alpha, value == 1), found[:1])
+    alone = alpha * torch.tensor([1, 0, 0, 1, 1, 1, 1])[:, None]  # node 0 attends to itself alone
+    assert metrics.attention_gain(edges, alone, 0 * value + 7).tolist() == [[0, 0]]
 
 
 class Told(nn.Module):

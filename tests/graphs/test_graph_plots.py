@@ -22,6 +22,12 @@ def test_graphs_show_attention_as_width_and_as_a_number(axes):
     alpha, likeness = star[0] / 5, torch.where(star[0] == 2, 0.9, 0.2)  # 0 to 0.6 into node 0
     place = {0: (0, 0), 1: (1, 0), 2: (1, 1), 3: (0, 1), 4: (2, 0)}
     plots.small_graph(axes[0], star, place, title="", weight=alpha)
+    with pytest.raises(IndexError):  # of other edges
+        plots.small_graph(axes[0], star, place, title="", weight=alpha.repeat(2))
+    for way in (star, star.flip(0)):  # whichever direction an edge has, it is drawn, once
+        plots.small_graph(axes[3], way[:, way[0] != way[1]][:, :3], place, title="")
+        assert len(axes[3].lines) == 3
+        axes[3].clear()
     shown = [text.get_text() for text in axes[0].texts if text.get_text()]
     assert sorted(shown) == sorted(["0.00", "0.20", "0.40", "0.60", *"01234"])
     plots.draw_neighbourhood(axes[1], star, 0, likeness, title="", alpha=alpha)
