@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from pdl_utils import settings
 from pdl_utils.plots import use_style
-from pdl_utils.training import UnusableState, run_file
+from pdl_utils.training import UnusableState, run_file, write_state
 
 LAB_WIDTH = 847  # pixels that JupyterLab has for a figure; it shrinks what is wider
 T = TypeVar("T")
@@ -63,8 +63,8 @@ class Run:
 
     def use(self, source: T) -> T:
         """Enter the provenance of data or weights into the table; returns what it was given."""
-        self.sources.append(source)
         self.note(source.provenance.name, source.provenance.source)
+        self.sources.append(source)
         return source
 
     def config(self, *, fast: Mapping[str, Any], full: Mapping[str, Any]) -> SimpleNamespace:
@@ -84,17 +84,16 @@ class Run:
 
     def once(self, name: str, compute: Callable[[], T], *code: Callable, **decisive: Any) -> T:
         """What `compute()` gives: tensors, numbers, and lists and dictionaries of them. In the full profile it is
-        kept like a training, under a name made of `code` and `decisive`, and read back the next time."""
-        path = self.file(name, *code, **decisive)
+        kept like a training, under a name made of its code, `code` and `decisive`, and read back the next time."""
+        path = self.file(name, getattr(compute, "func", compute), *code, **decisive)
         if path is None:
             return compute()
         if not path.exists():
-            settings.save_atomically(partial(torch.save, compute()), path)
+            settings.save_atomically(partial(write_state, compute()), path)
         try:
-            return torch.load(path, weights_only=True)
+            return torch.load(path, "cpu", weights_only=True)
         except Exception as error:  # all kinds are raised
-            told = "is damaged, or holds more than tensors and Python's numbers; remove it"
-            raise UnusableState(f"{path} {told} ({error})") from error
+            raise UnusableState(f"{path} is damaged; remove it to compute it again ({error})") from error
 
     def show(
         self, figure: Figure, name: str, alt: str = "", *, photographs: bool = False, data: Sources = None
@@ -110,7 +109,7 @@ class Run:
         jpeg = {"quality": 85, "subsampling": 0}  # PNG knows neither
         figure.savefig(drawn, format=kind, dpi=dots, bbox_inches="tight", pil_kwargs=jpeg)
         plt.close(figure)
-        display(Image(drawn.getvalue(), format=kind, alt=alt or words_in(figure)))
+        display(Image(drawn.getvalue(), format=kind, alt=alt or words_in(figure) or name))
         if self.full:
             folder = Path(settings.variable("PDL_FIGURES") or "build/figures").expanduser()
             path = settings.REPOSITORY / folder / f"{name}.{kind}"
@@ -124,9 +123,9 @@ class Run:
         display(markdown_table([head[0] + self._stand_ins(data), *head[1:]], rows))
 
     def finding(self, condition: bool, sentence: str, otherwise: str = "", *, data: Sources = None) -> None:
-        """Display what this run found: `sentence`, or `otherwise` (if there is one) where `condition` is false;
-        stand-ins among `data` are named."""
-        said = sentence if condition or not otherwise else otherwise
+        """Display what this run found: `sentence`, or `otherwise` where `condition` is false; stand-ins among
+        `data` are named."""
+        said = sentence if condition else otherwise or f"This run does not confirm: {sentence}"
         display(Markdown(f"> **{said}**{self._stand_ins(data)}"))
 
     def results(self, results: Mapping[str, Any]) -> None:
@@ -137,7 +136,8 @@ class Run:
         published = [entry for entry in published if entry["notebook"] == self.notebook]
         rows = []
         for name, result in results.items():
-            values, *sources = result if isinstance(result, tuple) else (result, *self.sources)
+            told = isinstance(result, tuple) and hasattr(result[-1], "provenance")
+            values, *sources = result if told else (result, *self.sources)
             theirs = {entry["column"]: entry["figure"] for entry in published if name in entry["rows"]}
             ours = mean_and_deviation(name, values) + self._stand_ins(sources)
             rows.append([name, ours, theirs.get("paper", "–"), theirs.get("public", "–")])
@@ -172,5 +172,5 @@ def mean_and_deviation(name: str, values: float | Sequence[float]) -> str:
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markdown:
     """A Markdown table of what is given, numbers as the caller formatted them."""
     lines = [head, ["---"] * len(head), *rows]
-    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    cells = [[str(cell).replace("|", "\\|") for cell, _ in zip(line, head, strict=True)] for line in lines]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in cells))

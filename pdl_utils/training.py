@@ -7,6 +7,7 @@ import inspect
 import json
 import linecache
 import math
+import pickle
 import re
 import sys
 import time
@@ -16,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class History:
     rows: list[dict[str, float]]
 
     def __getitem__(self, name: str) -> list[float]:
-        return [row[name] for row in self.rows if name in row]
+        return [row[name] for row in self.rows]
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup: int = 0) -> LambdaLR:
@@ -57,7 +57,9 @@ def warmup_cosine(optimizer: Optimizer, steps: int, warmup: int = 0) -> LambdaLR
             return (step + 1) / warmup
         return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
 
-    return LambdaLR(optimizer, factor)
+    schedule = LambdaLR(optimizer, factor)
+    schedule.steps, schedule.warmup = steps, warmup  # for its state, which leaves functions out
+    return schedule
 
 
 def sgd(model: nn.Module, lr: float, weight_decay: float, steps: int, warmup: int) -> tuple[Optimizer, LambdaLR]:
@@ -90,13 +92,16 @@ def fit(
     after an epoch that made weights so; UnusableState if `file` is damaged or of other settings."""
     bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     parts = {"model": bare, "optimizer": optimizer} | ({"scheduler": scheduler} if scheduler else {})
-    settings = {"epochs": epochs, "keep_best": keep_best, "clip_norm": clip_norm, "model": type(bare).__name__}
-    settings["optimizer"] = type(optimizer).__name__  # precision is left out: it is the device's
-    for number, group in enumerate(optimizer.state_dict()["param_groups"]):
-        settings |= {f"{name} of parameters {number}": value for name, value in group.items() if name != "params"}
-    odd = [name for name, value in settings.items() if isinstance(value, np.generic)]
-    if file and odd:
-        raise TypeError(f"a file cannot hold NumPy's numbers; write float(…) or int(…) for {', '.join(odd)}")
+    # What decides the result, but for the precision, which is the device's.
+    settings = {"epochs": epochs, "keep_best": keep_best, "clip_norm": clip_norm}
+    settings |= {what: type(part).__name__ for what, part in parts.items()}
+    groups = {f"parameters {k}": group for k, group in enumerate(optimizer.state_dict()["param_groups"])}
+    for what, group in (groups | ({"the schedule": scheduler.state_dict()} if scheduler else {})).items():
+        group = copy.deepcopy(group)  # a rate that is a tensor changes in place
+        settings |= {f"{k} of {what}": value for k, value in group.items() if k != "params" and k[0] != "_"}
+    own = {id(p) for p in model.parameters()}
+    if not own.issuperset(id(p) for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("the optimizer moves weights that are not the model's; make it anew for this model")
     rows, best = [], {"value": -math.inf, "weights": {}}
     if file and file.exists():
         rows, best = _resume(file, parts, settings)
@@ -121,14 +126,15 @@ def fit(
                 if scheduler is not None:
                     scheduler.step()
             if not losses:
-                raise ValueError(f"{where}: no batch; are there fewer examples than one batch holds?")
+                raise ValueError(f"{where}: no batch; are there fewer examples than one holds, or is it used up?")
             # A gradient of NaN shows in the loss of the next batch, but for the last one.
             if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
                 raise NonFiniteLoss(f"{where}: weights are NaN or infinite, though the losses are not; {REMEDY}")
             row = {"epoch": epoch + 1, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - started}
             model.eval()
             with torch.no_grad():
-                measured = {name: float(value) for name, value in evaluate(bare).items()} if evaluate else {}
+                found = evaluate(bare) if evaluate else {}
+            measured = {str(name): float(value) for name, value in found.items()}
             taken = sorted(row.keys() & measured.keys())
             if taken:
                 raise ValueError(f"evaluate gave {', '.join(taken)}, which the loop enters itself; rename it")
@@ -140,11 +146,20 @@ def fit(
                 state = {name: part.state_dict() for name, part in parts.items()}
                 random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
                 state |= {"settings": settings, "history": rows, "best": best, "random": random}
-                save_atomically(partial(torch.save, state), file)
+                save_atomically(partial(write_state, state), file)
     if best["weights"]:
         bare.load_state_dict(best["weights"])
     model.eval()
     return History(rows)
+
+
+def write_state(state: Any, place: Path) -> None:
+    """Save what can be read back without running its code. TypeError: `state` holds something else."""
+    torch.save(state, place)
+    try:
+        torch.load(place, weights_only=True, mmap=True)  # now, not after hours; weights are not read
+    except pickle.UnpicklingError as error:
+        raise TypeError(f"only tensors, Python's numbers, lists and dictionaries can be kept ({error})") from error
 
 
 def _resume(file: Path, parts: Mapping[str, Any], settings: dict[str, Any]) -> tuple[list, dict[str, Any]]:
@@ -173,7 +188,9 @@ def run_file(name: str, *code: nn.Module | Callable, **settings: Any) -> Path:
     `settings` (JSON values: all that decides the result), of `code` (a model's layers, the loss, functions) and of
     the loop: whoever changes one of them trains anew, and a better docstring costs nothing."""
     sources: dict[Any, str] = {}
-    for thing in (fit, *code):
+    for thing in (fit, *(getattr(thing, "__func__", thing) for thing in code)):  # of a method, its function
+        if isinstance(thing, nn.Module):
+            sources[thing] = str(thing)  # its layers and their numbers
         for part in {type(module) for module in thing.modules()} if isinstance(thing, nn.Module) else [thing]:
             if not hasattr(part, "__qualname__"):  # such as a partial: what it fixes is a setting
                 raise TypeError(f"{part} has no code of its own; name networks, classes and functions")
@@ -188,14 +205,15 @@ def _add_source(thing: type | Callable, sources: dict[Any, str]) -> None:
     from a notebook its definition, and the functions, classes and constants (in capitals) that this names."""
     for base in thing.__bases__ if inspect.isclass(thing) else ():
         _add_source(base, sources)
-    home = thing.__module__
+    home = thing.__module__ or "builtins"
     if home.split(".")[0] in LIBRARIES or home in sources or thing in sources:
         return
     if home != "__main__":
         sources[home] = ast.dump(_tree(sys.modules[home].__file__))
         return
     functions = [inspect.unwrap(f) for f in (thing, *vars(thing).values()) if inspect.isfunction(f)]  # or methods
-    if not functions:  # a class without a method: only its bases can be found
+    if not functions:  # a class without a method
+        sources[thing] = re.sub(r" at 0x\w+", "", str(vars(thing)))
         return
     definitions = [n for n in ast.walk(_tree(functions[0].__code__.co_filename)) if isinstance(n, DEFINITIONS)]
     found = [ast.dump(node) for node in definitions if getattr(node, "name", "<lambda>") == thing.__name__]
@@ -203,9 +221,9 @@ def _add_source(thing: type | Callable, sources: dict[Any, str]) -> None:
     for name, value in functions[0].__globals__.items():
         if f"id='{name}'" not in sources[thing]:
             continue
-        if getattr(value, "__module__", None) == home and hasattr(value, "__qualname__"):
+        if hasattr(value, "__qualname__"):
             _add_source(value, sources)
-        elif name.isupper() and isinstance(value, (int, float, str, tuple, list, dict)):
+        elif name.isupper() and not inspect.ismodule(value):
             sources[name] = name + re.sub(r" at 0x\w+", "", repr(value))  # without addresses in memory
 
 

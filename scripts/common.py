@@ -93,7 +93,8 @@ def parser_of(description: str, **defaults: object) -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the result: the name of the file of a training's state is made of it."""
-    settings = {key: value for key, value in vars(args).items() if key not in ("export", "start_from")}
+    aside = "export", "start_from", "photo_size"  # decide nothing
+    settings = {key: value for key, value in vars(args).items() if key not in aside}
     return settings | ({"started_from": sha256(args.start_from)} if args.start_from else {})
 
 
@@ -101,7 +102,7 @@ def facts_of_run(args: argparse.Namespace, history: History) -> dict[str, Any]:
     """What every file that ships says of its training. After a second cycle (`--start-from`), epochs, minutes and
     curves are those of both, and the recipe's `started_from` is the first's."""
     facts = {"epochs": len(history.rows), "training_minutes": round(sum(history["seconds"]) / 60, 1)}
-    facts |= {name: history[name] for name in ("loss", "knn") if history[name]}
+    facts |= {name: history[name] for name in ("loss", "knn") if name in history.rows[0]}
     recipe = settings_of(args)
     if args.start_from:
         _, before = load_weights(args.start_from)

@@ -80,7 +80,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: TinyImageNet, val: T
     return fit(
         common.data_parallel(model), batches, loss, optimizer, epochs=len(args.schedule), scheduler=scheduler,
         evaluate=lambda net: {"val_top1": accuracy(net, some, their_labels, args.resolution)},
-        file=run_file(args.arch, model, loss, data=str(data.provenance), **common.settings_of(args)),
+        file=run_file(args.arch, model, train, data=str(data.provenance), **common.settings_of(args)),
         autocast=has_bfloat16(device), label=None if rank else args.arch,
     )  # fmt: skip
 

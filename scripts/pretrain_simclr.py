@@ -59,7 +59,7 @@ def train(args: argparse.Namespace, model: SimCLR, data: LabelledImages) -> Hist
         loss=partial(joint_loss, temperature=args.temperature), lr=args.lr, weight_decay=args.weight_decay,
         batch_size=args.batch_size, seed=args.seed, part=common.rank_and_world(),
         evaluate=knn_monitor(images, labels, bank, min(QUERIES, len(images) - bank)),
-        file=run_file("SimCLR", model, pretrain, nt_xent_loss, data=str(data.provenance), **settings),
+        file=run_file("SimCLR", model, train, pretrain, nt_xent_loss, data=str(data.provenance), **settings),
         label=None if common.rank_and_world()[0] else "SimCLR",
     )  # fmt: skip
 

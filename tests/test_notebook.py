@@ -13,7 +13,7 @@ from PIL import Image
 from pdl_utils import notebook, settings
 from pdl_utils.datasets.sources import Provenance
 from pdl_utils.notebook import Run
-from pdl_utils.training import UnusableState
+from pdl_utils.training import UnusableState, run_file
 
 STAND_IN = SimpleNamespace(provenance=Provenance("PPI", "stand-in: seeded graphs", real=False))
 REAL = SimpleNamespace(provenance=Provenance("CIFAR-10", "official files"))
@@ -91,8 +91,13 @@ def test_stand_ins_are_named_where_they_are_shown_and_nowhere_else(screen):
     assert screen.last.startswith("| a |")
     run.finding(1 > 2, "One is larger.", "One is not larger.")
     assert screen.last == "> **One is not larger.** · stand-in for PPI"
-    run.finding(False, "Said in any case.", data=[REAL])
-    assert screen.last == "> **Said in any case.**"
+    run.finding(False, "Two is less.", data=[REAL])
+    assert screen.last == "> **This run does not confirm: Two is less.**"
+    with pytest.raises(AttributeError):
+        run.use([1, 2])
+    run.table(["a"], [])  # as if nothing had been asked
+    with pytest.raises(ValueError, match="zip"):
+        run.table(["a", "b"], [[1]])
     run.show(figure, "f", "f")
     assert [text.get_text() for text in figure.texts] == ["stand-in for PPI"]
 
@@ -125,6 +130,9 @@ def test_in_full_what_was_computed_once_is_read_back(screen, tmp_path):
     assert Run("x", "fast").file("a net", seed=0) is None
     (kept,) = (tmp_path / "data" / "runs").iterdir()
     kept.write_bytes(b"half")
-    for size, work in ((3, compute), (4, lambda: np.float64(1))):  # the second is refused at once
-        with pytest.raises(UnusableState, match=r"a-probe-\w+\.pt is damaged, or holds more than tensors"):
-            Run("x", "full").once("a probe", work, size=size)
+    with pytest.raises(UnusableState, match=r"a-probe-\w+\.pt is damaged; remove it"):
+        Run("x", "full").once("a probe", compute, size=3)
+    with pytest.raises(TypeError, match="only tensors, Python's numbers"):
+        Run("x", "full").once("another", lambda: np.float64(1))
+    assert list((tmp_path / "data" / "runs").iterdir()) == [kept]
+    assert kept == run_file("a probe", compute, size=3)  # its name holds the code of what is computed

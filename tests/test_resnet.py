@@ -137,6 +137,8 @@ MISFITS = [
     ({"categories": THOUSAND, "mean": [123.7, 116.3, 103.5]}, "not in 0..255"),
     ({"categories": THOUSAND, "interpolation": "best"}, "'best' is not a valid InterpolationMode"),
     ({"categories": THOUSAND, "size": "224"}, "not supported between"),
+    ({"categories": dict.fromkeys(THOUSAND)}, "must be a list of names"),
+    ({"categories": list(range(1000))}, "no attribute 'split'"),
 ]
 
 

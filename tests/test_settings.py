@@ -49,7 +49,7 @@ def test_bfloat16_is_for_devices_that_have_its_instructions(monkeypatch):
 
 
 def test_flags(monkeypatch):
-    for value, on in (("1", True), ("yes", True), ("0", False), ("", False), ("off", False)):
+    for value, on in (("1", True), ("yes", True), ('"0"', False), ("", False), ("off", False)):
         monkeypatch.setenv("PDL_TEST_FLAG", value)
         assert settings.flag("PDL_TEST_FLAG") is on
     assert settings.flag("PDL_UNSET_FLAG") is False
@@ -65,7 +65,7 @@ def test_seeding_repeats_everything():
 
 def test_the_data_root_does_not_depend_on_the_current_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for chosen, root in ((str(tmp_path), tmp_path), ("mydata", REPOSITORY / "mydata")):
+    for chosen, root in ((f'"{tmp_path}" ', tmp_path), ("mydata", REPOSITORY / "mydata")):
         monkeypatch.setenv("PDL_DATA", chosen)
         assert settings.data_root() == root
     monkeypatch.delenv("PDL_DATA")

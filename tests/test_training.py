@@ -31,7 +31,7 @@ class Cut(Exception):
 
 def train(
     epochs=4, file=None, *, cut=None, lr=0.03, optimizer=torch.optim.Adam, loss_fn=loss, scores=None, size=20,
-    **options,
+    horizon=30, **options,
 ):  # fmt: skip
     """Train for `epochs`, but end without warning before epoch `cut`; `scores` are what `evaluate` gives."""
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def train(
         accuracy = (net(X).argmax(1) == Y).float().mean()
         return {"accuracy": accuracy if scores is None else scores[len(model.seen) - 1]}
 
-    options = {"scheduler": warmup_cosine(steps, 30, warmup=3), "evaluate": evaluate, "label": None} | options
+    options = {"scheduler": warmup_cosine(steps, horizon, warmup=3), "evaluate": evaluate, "label": None} | options
     model.history = fit(model, batches, loss_fn, steps, epochs=epochs, file=file, **options)
     return model
 
@@ -116,13 +116,15 @@ def test_a_file_of_other_settings_is_refused_with_the_difference_and_kept(tmp_pa
         "optimizer is RMSprop, was Adam": {"optimizer": torch.optim.RMSprop},
         "keep_best is accuracy, was None": {"keep_best": "accuracy"},
         "clip_norm is 1.0, was None": {"clip_norm": 1.0},
+        "steps of the schedule is 50, was 30": {"horizon": 50},
     }
     for difference, other in others.items():
         with pytest.raises(UnusableState, match=f"other settings: .*{difference}"):
             train(file=file, **other)
-    with pytest.raises(TypeError, match=r"cannot hold NumPy's numbers; write float\(…\) .* lr of parameters 0"):
-        train(file=file, lr=np.float64(0.03))  # it could not be read back
     assert file.read_bytes() == before
+    with pytest.raises(TypeError, match=r"only tensors, Python's numbers"):  # it could not be read back
+        train(file=tmp_path / "other.pt", lr=np.float64(0.03))
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_file_that_is_damaged_or_of_something_else_is_named_and_kept(tmp_path):
@@ -146,13 +148,17 @@ def test_of_several_processes_the_first_saves(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_epoch_without_a_batch_is_named():
+def test_an_epoch_without_a_batch_and_an_optimizer_of_another_model_are_named():
     with pytest.raises(ValueError, match="demo, epoch 1: no batch; are there fewer examples"):
         train(1, size=61, label="demo")
+    strange = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="weights that are not the model's"):
+        train(1, optimizer=lambda parameters, lr: torch.optim.SGD([*parameters, strange], lr))
 
 
 def test_numbers_of_evaluate_are_made_plain_and_reserved_names_refused(tmp_path):
-    train(2, tmp_path / "state.pt", evaluate=lambda net: {"F1": np.float32(0.5), "n": torch.tensor(3)})
+    odd = {np.str_("F1"): np.float32(0.5), "n": torch.tensor(3)}
+    train(2, tmp_path / "state.pt", evaluate=lambda net: odd)
     history = train(2, tmp_path / "state.pt", cut=0).history
     assert [type(value) for value in history["F1"] + history["n"]] == [float] * 4
     with pytest.raises(ValueError, match="evaluate gave loss, seconds, which the loop enters itself; rename"):
@@ -203,6 +209,7 @@ def test_schedule_and_decay_groups():
 
 
 CODE = '''
+import torch
 import torch.nn.functional as F
 from torch import nn
 SLOPE = 0.2
@@ -210,7 +217,7 @@ def helper(x):
     return F.leaky_relu(2 * x, SLOPE)
 def loss(net, batch):
     """A sentence."""
-    return len(BRANCHES) * helper(net(batch)).mean()  # a comment
+    return len(BRANCHES) * helper(net(batch)).mean() * WEIGHTS[0]  # a comment
 class Base(nn.Module):
     def forward(self, x):
         return x + 1
@@ -219,6 +226,7 @@ class Layer(Base):
 def unused():
     return 5
 BRANCHES = [helper]
+WEIGHTS = torch.ones(2)
 '''
 
 
@@ -237,7 +245,8 @@ def test_changed_code_is_another_file_and_a_better_sentence_is_not(home, monkeyp
     name = name_after("", "")
     for old, new in {"A sentence.": "A better sentence.", "a comment": "a better one"}.items():
         assert name == name_after(old, new), new
-    in_layer, in_loss = {"x + 1": "x + 2"}, {".mean()": ".sum()", "2 * x": "3 * x", "SLOPE = 0.2": "SLOPE = 0.3"}
+    in_layer = {"x + 1": "x + 2"}
+    in_loss = {".mean()": ".sum()", "2 * x": "3 * x", "SLOPE = 0.2": "SLOPE = 0.3", "ones(2)": "zeros(2)"}
     for old, new in (in_layer | in_loss).items():
         assert name != name_after(old, new), new
     assert (name == name_after("return 5", "return 6")) is (home == "__main__")  # what the loss does not use
@@ -252,6 +261,7 @@ def test_another_name_setting_or_loop_is_another_file(monkeypatch, tmp_path):
     assert file == run_file("GAT + skips, seed 0", widths=[256, 256], seed=0)
     assert file != run_file("GAT + skips, seed 0", widths=[256, 257], seed=0)
     assert file != run_file("GAT - skips, seed 0", seed=0, widths=[256, 256])
+    assert run_file("a net", nn.Sequential(nn.ReLU())) != run_file("a net", nn.Sequential(nn.Tanh()))
     loop = [line.replace("optimizer.step()", "pass") for line in linecache.getlines(training.__file__)]
     monkeypatch.setitem(linecache.cache, training.__file__, (1, None, loop, training.__file__))
     assert file != run_file("GAT + skips, seed 0", seed=0, widths=[256, 256])

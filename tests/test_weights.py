@@ -6,7 +6,9 @@ from safetensors.torch import save_file
 
 from pdl_utils.weights import DIGESTS, CorruptCheckpoint, load_weights, read_weights, save_weights, sha256
 
-WEIGHTS = {"w": torch.randn(4, 5, 3), "bias": torch.randn(4), "steps": torch.tensor(7), "zero": torch.zeros(2, 2)}
+BIAS = torch.full((4,), 1e5)  # more than float16 can hold; of two layers
+WEIGHTS = {"w": torch.randn(4, 5, 3), "bias": BIAS, "tied": BIAS}
+WEIGHTS |= {"steps": torch.tensor(7), "zero": torch.zeros(2, 2)}
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def test_what_is_saved_comes_back(file):
     assert loaded.keys() == WEIGHTS.keys()
     step = WEIGHTS["w"].flatten(1).abs().amax(1) / 127  # a row's 255 values
     assert ((loaded["w"] - WEIGHTS["w"]).abs().flatten(1) <= 0.501 * step[:, None]).all()
-    expected = {"bias": WEIGHTS["bias"].half().float(), "steps": WEIGHTS["steps"], "zero": WEIGHTS["zero"]}
+    expected = {"bias": BIAS, "tied": BIAS, "steps": WEIGHTS["steps"], "zero": WEIGHTS["zero"]}
     assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
     save_weights(file.with_name("other.safetensors"), {}, {})
     save_weights(file, WEIGHTS, {})

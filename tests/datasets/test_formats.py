@@ -31,6 +31,10 @@ def test_cifar10_and_mnist_values(make_official):
     cifar, mnist = make_official("cifar10"), make_official("mnist")
     cifar.write()
     mnist.write()
+    for left in ("training.pt", "test.pt"):  # by old versions of torchvision, which its class would prefer
+        path = data_root() / "MNIST" / "processed" / left
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"old")
     data, digits = datasets.cifar10(), datasets.mnist()
     batches = [pickle.loads(cifar.files[f"data_batch_{i}"]) for i in range(1, 6)]
     pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
@@ -91,13 +95,16 @@ def test_ones_own_photographs_are_shown_first_and_what_cannot_be_read_is_named(c
     save(Image.new("1", (14000, 14000)), folder / "scan.png")  # DecompressionBombError
     save(Image.new("F", (4, 4)), folder / "floats.tif")
     (folder / "notes.heic").touch()
+    save(Image.new("RGB", (9, 9)), folder / "._holiday.jpg")  # macOS writes such beside each photograph
+    linked = save(Image.new("RGB", (9, 9)), data_root() / "elsewhere" / "n02123045_linked.jpg").parent
+    (folder / "link").symlink_to(linked, target_is_directory=True)
     data = imagenet_photos(9, prefer=["n02123045"])
-    assert data.names == [None, None, "gold fish", "flat", "cat 0", "cat 1"]
+    assert data.names == [None, None, "gold fish", "flat", "linked", "cat 0", "cat 1", "cat 10", "cat 11"]
     assert data.images[0].size == (1024, 512)
     out = capsys.readouterr().out
-    assert "6 photographs from imagenet-samples/" in out
+    assert "9 photographs from imagenet-samples/" in out
     assert all(f"{name} is left out: " in out for name in ("half.jpg", "scan.png", "floats.tif", "notes.heic"))
-    assert len(imagenet_photos().images) == 34
+    assert len(imagenet_photos().images) == 35
     with pytest.raises(ValueError, match="at least one"):
         imagenet_photos(0)
 
@@ -124,6 +131,15 @@ def test_a_photograph_of_any_kind_is_shown_as_it_looks(name, image, options, pix
     assert seen.mode == "RGB"
     assert seen.size == (image.size[::-1] if "exif" in options else image.size)
     np.testing.assert_allclose(np.asarray(seen)[-1, -1], pixel, atol=1)
+
+
+@pytest.mark.parametrize("tags", [{262: 0}, {258: 12}], ids=["white is 0", "12 bits"])
+def test_grey_of_a_kind_that_pillow_does_not_show_right_is_refused(tags, tmp_path):
+    with Image.open(save(Image.fromarray(RAMP), tmp_path / "x.tif")) as opened:
+        for number, value in tags.items():
+            opened.tag_v2[number] = value
+        with pytest.raises(ValueError, match="12 bits, with white as 0"):
+            to_rgb(opened)
 
 
 def test_labelled_images_that_do_not_fit_are_refused():
