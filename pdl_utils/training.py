@@ -92,13 +92,7 @@ def fit(
     after an epoch that made weights so; UnusableState if `file` is damaged or of other settings."""
     bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     parts = {"model": bare, "optimizer": optimizer} | ({"scheduler": scheduler} if scheduler else {})
-    # What decides the result, but for the precision, which is the device's.
-    settings = {"epochs": epochs, "keep_best": keep_best, "clip_norm": clip_norm}
-    settings |= {what: type(part).__name__ for what, part in parts.items()}
-    groups = {f"parameters {k}": group for k, group in enumerate(optimizer.state_dict()["param_groups"])}
-    for what, group in (groups | ({"the schedule": scheduler.state_dict()} if scheduler else {})).items():
-        group = copy.deepcopy(group)  # a rate that is a tensor changes in place
-        settings |= {f"{k} of {what}": value for k, value in group.items() if k != "params" and k[0] != "_"}
+    settings = {"epochs": epochs, "keep_best": keep_best, "clip_norm": clip_norm, **_numbers_of(parts)}
     own = {id(p) for p in model.parameters()}
     if not own.issuperset(id(p) for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("the optimizer moves weights that are not the model's; make it anew for this model")
@@ -151,6 +145,18 @@ def fit(
         bare.load_state_dict(best["weights"])
     model.eval()
     return History(rows)
+
+
+def _numbers_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What kinds of model, optimizer and schedule these are, and the numbers that the last two start with."""
+    found = {what: type(part).__name__ for what, part in parts.items()}
+    states = {f"parameters {k}": group for k, group in enumerate(parts["optimizer"].state_dict()["param_groups"])}
+    if "scheduler" in parts:
+        states["the schedule"] = parts["scheduler"].state_dict()
+    for what, state in states.items():
+        state = copy.deepcopy(state)  # a rate that is a tensor changes in place
+        found |= {f"{k} of {what}": value for k, value in state.items() if k != "params" and k[0] != "_"}
+    return found
 
 
 def write_state(state: Any, place: Path) -> None:

@@ -62,7 +62,7 @@ def add_lora(
     (without groups, of torch's own arithmetic) whose names fit the shell pattern `targets`.
 
     Returns the names of the layers. ValueError, and nothing is changed: a bad argument, no layer that fits, or one
-    that is used under two names or has a weight that is made anew in each pass (weight norm, pruning)."""
+    that is used under two names or changed in each pass by a hook (weight norm, pruning)."""
     if not isinstance(rank, int) or rank < 1 or not 0 < alpha < math.inf or scaling not in ("standard", "rs"):
         needed = "rank is a whole number from 1 on, alpha a positive number, scaling 'standard' or 'rs'"
         raise ValueError(f"rank={rank!r}, alpha={alpha!r}, scaling={scaling!r}: {needed}")
