@@ -136,8 +136,7 @@ class Run:
         published = [entry for entry in published if entry["notebook"] == self.notebook]
         rows = []
         for name, result in results.items():
-            told = isinstance(result, tuple) and hasattr(result[-1], "provenance")
-            values, *sources = result if told else (result, *self.sources)
+            values, *sources = result if isinstance(result, tuple) else (result, *self.sources)
             theirs = {entry["column"]: entry["figure"] for entry in published if name in entry["rows"]}
             ours = mean_and_deviation(name, values) + self._stand_ins(sources)
             rows.append([name, ours, theirs.get("paper", "–"), theirs.get("public", "–")])

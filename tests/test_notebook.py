@@ -107,9 +107,9 @@ def test_results_stand_beside_those_of_others_and_tell_their_stand_ins(screen):
     theirs = next(entry for entry in published if entry["column"] == "paper")
     run = Run(theirs["notebook"], "fast")
     run.use(REAL), run.use(STAND_IN)
-    run.results({theirs["rows"][0]: ([0.9, 0.8, 1.0], REAL), "mine": 0.5})
+    run.results({theirs["rows"][0]: ([0.9, 0.8, 1.0], REAL), "mine": 0.5, "kept": (0.5,)})
     assert f"| {theirs['rows'][0]} | 0.900 ± 0.100 (n = 3) | {theirs['figure']} |" in screen[-2].data
-    assert "| mine | 0.500 · stand-in for PPI | – | – |" in screen[-2].data
+    assert "| mine | 0.500 · stand-in for PPI | – | – |\n| kept | 0.500 | – | – |" in screen[-2].data
     assert "| wall time | " in screen.last
     for nonsense in ([], [0.1, float("nan")]):
         with pytest.raises(ValueError, match=r"mine: .* no finite results"):

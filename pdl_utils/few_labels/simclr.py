@@ -24,9 +24,9 @@ VIEW = Augmentation(flip=True, scale=(0.2, 1.0), jitter=0.5, gray=0.2)
 def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     """Normalised temperature-scaled cross-entropy (eq. 1): among all 2N − 1 other embeddings, find the other view
     of the same image. z1, z2: (N, D), row by row of the same image. A scalar in float32 or wider."""
-    if z1.shape != z2.shape or not temperature > 0:
+    if z1.shape != z2.shape or len(z1) < 2 or not temperature > 0:
         found = f"the embeddings are {(*z1.shape,)} and {(*z2.shape,)}, at temperature {temperature}"
-        raise ValueError(f"each image has two views, and temperatures are above 0, but {found}")
+        raise ValueError(f"there must be two views each of two images or more, and a temperature above 0; {found}")
     row = torch.arange(2 * len(z1), device=z1.device)
     with torch.autocast(z1.device.type, enabled=False):  # bfloat16 would round similarities to 1/128
         z = torch.cat([z1, z2])

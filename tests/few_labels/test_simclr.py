@@ -8,7 +8,7 @@ from pdl_utils.few_labels.simclr import SimCLR, cifar_encoder, knn_accuracy, knn
 from pdl_utils.images import Augmentation
 
 
-@pytest.mark.parametrize(("shape", "temperature"), [((1, 4), 0.5), ((33, 5), 0.1)])
+@pytest.mark.parametrize(("shape", "temperature"), [((2, 4), 0.5), ((33, 5), 0.1)])
 def test_the_loss_and_its_gradient_equal_those_of_lightly(shape, temperature):
     torch.manual_seed(0)
     ours = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
@@ -19,8 +19,8 @@ def test_the_loss_and_its_gradient_equal_those_of_lightly(shape, temperature):
     peer.backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
-    for wrong in ((ours[0], ours[1][1:]), (*ours, 0.0)):
-        with pytest.raises(ValueError, match=r"two views, and temperatures are above 0, but the embeddings are"):
+    for wrong in ((ours[0], ours[1][1:]), (ours[0][:1], ours[1][:1]), (*ours, 0.0)):
+        with pytest.raises(ValueError, match=r"two views each of two images or more, .*; the embeddings are"):
             nt_xent_loss(*wrong)
 
 
