@@ -39,7 +39,7 @@ class PretrainedNetwork:
     provenance: Provenance
     resize: int = 256
     size: int = 224
-    interpolation: str = "bilinear"
+    interpolation: str | TF.InterpolationMode = "bilinear"
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
 
@@ -105,10 +105,9 @@ def users_network(arch: str, file: Path) -> PretrainedNetwork:
     `source`, `resize`, `size`, `interpolation`, `mean`, `std` and `transform_input`."""
     try:
         weights, facts = read_weights(file)
-        if type(facts["categories"]) is not list or not all(
-            weight.isfinite().all() for weight in weights.values()
-        ):
-            raise ValueError("`categories` must be a list of names, and no weight NaN or infinite")
+        broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
+        if broken or type(facts["categories"]) is not list:
+            raise ValueError(f"`categories` must be a list of names, and weights finite; {broken[:3]} are not")
         model = get_model(arch, num_classes=len(facts["categories"]))
         heads = {name: value for name, value in model.state_dict().items() if "aux" in name.lower()}
         model.load_state_dict(heads | weights)  # heads that only training uses may be left out

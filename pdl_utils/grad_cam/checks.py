@@ -49,7 +49,7 @@ def class_scores(model: nn.Module, images: Tensor) -> Tensor:
         raise ValueError(f"the model must return one tensor (N, classes), not {_kind(scores)}; {remedy}")
     values = finite(scores.detach(), "the model's scores")
     softmax = values.shape[1] > 1 and (values >= 0).all() and ((values.sum(1) - 1).abs() < 1e-3).all()
-    if softmax or "Sigmoid" in type(scores.grad_fn).__name__:
+    if softmax or type(scores.grad_fn).__name__.startswith("SigmoidBackward"):
         raise ValueError("the model ends in a softmax or sigmoid; leave it out: maps explain the score before it")
     return scores
 
