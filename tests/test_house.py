@@ -61,8 +61,9 @@ def declared(extra):
     [(("pdl_utils", "scripts", "notebooks"), None), (("tests",), "test"), (("benchmarks",), "bench")],
 )
 def test_what_is_imported_is_declared_and_the_reverse(folders, extra):
-    # The peers of the benchmarks need not be installed here: this one is imported under another name.
-    owners = {"pytorch_grad_cam": ["grad-cam"]} | importlib.metadata.packages_distributions()
+    # Under other names: a peer of the benchmarks, which need not be here, and what Python 3.10 cannot tell.
+    owners = {"pytorch_grad_cam": ["grad-cam"], "sklearn": ["scikit-learn"], "skimage": ["scikit-image"]}
+    owners |= importlib.metadata.packages_distributions()
     files, found = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.*")], {}
     for path in [path for path in files if path.suffix in (".py", ".ipynb")]:
         for top in {module.partition(".")[0] for module in imports(path)} - sys.stdlib_module_names:
