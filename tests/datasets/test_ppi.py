@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -102,6 +103,8 @@ def test_offline_means_a_stand_in_that_says_so_and_is_the_same_for_the_same_seed
     assert "stand-in: 4 seeded graphs of 60 to 90 nodes" in capsys.readouterr().out
     assert [len(split) for split in (data.train, data.val, data.test)] == [2, 1, 1]
     same, other = (ppi_stand_in(TINY, seed)["test"][0] for seed in (0, 1))
+    with pytest.raises(ValueError, match="give more modules"):  # a decoy would do the same job
+        ppi_stand_in(replace(TINY, modules=1))
     assert all(torch.equal(part, same[name]) for name, part in data.test[0].to_dict().items())
     assert not torch.equal(other.x, same.x)
 

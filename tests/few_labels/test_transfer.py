@@ -45,6 +45,8 @@ def test_the_probe_is_scikit_learns_logistic_regression(classes, counts):
     torch.testing.assert_close(ours[:, classes].double(), expected, atol=5e-3, rtol=0)
     unseen = [c for c in range(4) if c not in classes]
     assert (ours[:, unseen] < 1e-6).all()  # no example, no guess
+    with pytest.raises(ValueError, match=r"labels are \[-1, .* 4 classes, from 0 on"):
+        linear_probe(features, torch.from_numpy(labels - labels.min() - 1), 4)
 
 
 def test_pseudo_labels_improve_a_probe_of_few_labels():

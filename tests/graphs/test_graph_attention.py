@@ -152,6 +152,8 @@ def test_malformed_inputs_are_named(x, edges, says):
 
 
 def test_net_names_its_choices():
+    with pytest.raises(TypeError, match="positional"):  # PyG's third argument, the weights of edges
+        GCNConv(7, 5)(X, EDGES, torch.ones(EDGES.shape[1]))
     with pytest.raises(ValueError, match="'gta': choose one of gat, gatv2, uniform, gcn, mlp"):
         GraphNet(3, 2, "gta")
     with pytest.raises(ValueError, match="depth=0: each must be at least 1"):
