@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock
 from pdl_utils.datasets.photos import to_rgb
 from pdl_utils.datasets.sources import Provenance, obtain, reading, tell, with_notice
 from pdl_utils.images import IMAGENET_MEAN, IMAGENET_STD, normalize
-from pdl_utils.settings import data_root, flag
+from pdl_utils.settings import data_root, progress_wanted
 from pdl_utils.weights import CHECKPOINTS, load_weights, read_weights, sha256
 
 
@@ -105,6 +105,8 @@ def users_network(arch: str, file: Path) -> PretrainedNetwork:
     `source`, `resize`, `size`, `interpolation`, `mean`, `std` and `transform_input`."""
     try:
         weights, facts = read_weights(file)
+        if "categories" not in facts:
+            raise ValueError("it names no categories")
         broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
         if broken or type(facts["categories"]) is not list:
             raise ValueError(f"`categories` must be a list of names, and weights finite; {broken[:3]} are not")
@@ -119,10 +121,9 @@ def users_network(arch: str, file: Path) -> PretrainedNetwork:
         network.classes_of(network.categories)
         network.logits(network.crop([Image.new("RGB", (8, 8))]))
     except Exception as error:  # facts can be wrong in all kinds of ways
-        problem = "it names no categories" if isinstance(error, KeyError) else shorten(str(error), 400)
         raise UnfitWeights(
-            f"{file} does not fit {arch}: {problem}. Write it anew as data/checkpoints/README.md says, "
-            "with a category for each output of the last layer, or remove it to use torchvision's weights."
+            f"{file} does not fit {arch}: {shorten(str(error), 400)}. Write it anew as data/checkpoints/README.md "
+            "says, with a category for each output of the last layer, or remove it to use torchvision's weights."
         ) from error
     tell(origin)
     return network
@@ -148,7 +149,7 @@ def official_network(arch: str) -> PretrainedNetwork:
         return PretrainedNetwork(model, categories, origin, resize, size, how, preset.mean, preset.std)
 
     def download(folder: Path) -> None:
-        torch.hub.download_url_to_file(entry.url, str(folder / file), progress=flag("PDL_PROGRESS", "1"))
+        torch.hub.download_url_to_file(entry.url, str(folder / file), progress=progress_wanted())
 
     stand_in = (lambda: own_network(arch)) if arch in ("resnet18", "resnet34") else None
     return obtain(f"{arch} weights", file, read=read, download=download, stand_in=stand_in)

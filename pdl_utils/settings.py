@@ -71,6 +71,11 @@ def flag(name: str, default: str = "0") -> bool:
     return (variable(name).lower() or default) not in ("0", "false", "no", "off")
 
 
+def progress_wanted() -> bool:
+    """Show progress bars, unless `PDL_PROGRESS` is switched off?"""
+    return flag("PDL_PROGRESS", default="1")
+
+
 def data_root() -> Path:
     """The folder of data and kept trainings: `PDL_DATA`, from the checkout if it is relative; else its `data/`."""
     return REPOSITORY / Path(variable("PDL_DATA") or "data").expanduser()

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
-from pdl_utils.settings import data_root, flag, save_atomically
+from pdl_utils.settings import data_root, progress_wanted, save_atomically
 
 LIBRARIES = sys.stdlib_module_names | {"torch", "torchvision", "torch_geometric"}  # their code names no training
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.Lambda)
@@ -100,7 +100,7 @@ def fit(
     if file and file.exists():
         rows, best = _resume(file, parts, settings)
     writes = file and not (dist.is_initialized() and dist.get_rank())  # of several processes, the first
-    device, hidden = next(model.parameters()).device, label is None or not flag("PDL_PROGRESS", "1")
+    device, hidden = next(model.parameters()).device, label is None or not progress_wanted()
     todo = range(len(rows), epochs)
     with tqdm(todo, label, epochs, initial=len(rows), unit="epoch", file=sys.stdout, disable=hidden) as bar:
         for epoch in bar:
@@ -194,10 +194,12 @@ def run_file(name: str, *code: nn.Module | Callable, **settings: Any) -> Path:
     `settings` (JSON values: all that decides the result), of `code` (a model's layers, the loss, functions) and of
     the loop: whoever changes one of them trains anew, and a better docstring costs nothing."""
     sources: dict[Any, str] = {}
-    for thing in (fit, *(getattr(thing, "__func__", thing) for thing in code)):  # of a method, its function
+    for thing in (fit, *code):
+        parts = {getattr(thing, "__func__", thing)}  # of a method, its function
         if isinstance(thing, nn.Module):
             sources[thing] = str(thing)  # its layers and their numbers
-        for part in {type(module) for module in thing.modules()} if isinstance(thing, nn.Module) else [thing]:
+            parts = {type(module) for module in thing.modules()}
+        for part in parts:
             if not hasattr(part, "__qualname__"):  # such as a partial: what it fixes is a setting
                 raise TypeError(f"{part} has no code of its own; name networks, classes and functions")
             _add_source(part, sources)

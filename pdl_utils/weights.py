@@ -45,7 +45,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, 
             scale = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (outputs,)
             stored[name + SCALE] = scale
             weight = (rows / scale[:, None]).round().to(torch.int8).view(weight.shape)
-        stored[name] = weight.contiguous().clone()  # layers may share one
+        stored[name] = weight.clone(memory_format=torch.contiguous_format)  # layers may share one
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     content = save(stored, metadata)  # its own way to write hides a full disk behind another error
     save_atomically(lambda partial: partial.write_bytes(content), path)

@@ -58,7 +58,7 @@ def imagenet_photos(count: int | None = None, prefer: Sequence[str] = ()) -> Pho
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image in 8-bit colour, turned as the camera was held (EXIF), on white where it is transparent.
-    ValueError: 32-bit numbers, which have no agreed white."""
+    ValueError: 32-bit numbers, which have no agreed white, and 16-bit greys that Pillow would show wrong."""
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # older Pillow
     tags = getattr(image, "tag_v2", {})  # of a TIFF: how many bits, and 0 where white is 0
     if sixteen_bits and (tags.get(258, (16,)) != (16,) or tags.get(262) == 0 or "transparency" in image.info):

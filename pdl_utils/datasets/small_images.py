@@ -67,9 +67,12 @@ def mnist() -> LabelledImages:
 
 
 def _read_cifar10(folder: Path) -> LabelledImages:
-    meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]  # torchvision would not say which file is wrong
-    verify_md5(folder, dict([*CIFAR10.train_list, *CIFAR10.test_list, meta]))
-    train, test = (CIFAR10(folder.parent, train=part) for part in (True, False))
+    try:
+        train, test = (CIFAR10(folder.parent, train=part) for part in (True, False))
+    except RuntimeError:  # torchvision has checked every MD5, but does not say which file is wrong
+        meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
+        verify_md5(folder, dict([*CIFAR10.train_list, *CIFAR10.test_list, meta]))
+        raise
     tensors = []
     for part in (train, test):
         tensors += [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
